@@ -1,0 +1,1 @@
+"""Plumbing of the course: what no paper explains. Imports no project."""

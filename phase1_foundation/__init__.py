@@ -1,0 +1,1 @@
+"""Phase 1: a character GPT, a tokenizer, pretraining."""

@@ -1,0 +1,1 @@
+"""Phase 4: flash attention, paged attention, speculative decoding."""

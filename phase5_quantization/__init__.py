@@ -1,0 +1,1 @@
+"""Phase 5: int8, GPTQ and AWQ, float formats."""

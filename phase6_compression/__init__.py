@@ -1,0 +1,1 @@
+"""Phase 6: pruning, distillation, low rank."""

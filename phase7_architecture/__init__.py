@@ -1,0 +1,1 @@
+"""Phase 7: attention variants, mixture of experts, state space."""

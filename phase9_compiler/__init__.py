@@ -1,0 +1,1 @@
+"""Phase 9: Triton kernels, graph compiler, tensor compiler."""
