@@ -1,7 +1,6 @@
 """Checkpoint files: written whole or not at all, read without ever running code, resumed to the bit."""
 
 import random
-import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -33,18 +32,11 @@ def load_checkpoint(
         raise FileNotFoundError(f"there is no checkpoint {path}; make it with: {made_by}")
     try:
         entries = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        UnpicklingError,
-        EOFError,
-        zipfile.BadZipFile,
-        KeyError,
-        ValueError,
-        TypeError,
-    ) as error:
-        raise ValueError(
-            f"checkpoint ({path}) must be a whole file of this course; it is cut short, damaged or foreign"
-        ) from error
+    except PermissionError:
+        raise
+    except (RuntimeError, UnpicklingError, EOFError, OSError, KeyError, ValueError, TypeError) as error:
+        rule = "must be a whole file of this course; it is cut short, damaged or foreign"
+        raise ValueError(f"checkpoint ({path}) {rule}") from error
     missing = [name for name in needs if not isinstance(entries, dict) or name not in entries]
     if missing:
         raise ValueError(f"checkpoint ({path}) must hold {', '.join(needs)}; it lacks {', '.join(missing)}")

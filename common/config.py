@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import itertools
 import re
 import sys
 import types
@@ -185,7 +186,7 @@ def _check_name(name: str, known: dict[str, Any], what: str) -> None:
 
 def _parse(cls: type[Any], words: list[str]) -> Any:
     """Run tyro; turn the box that it prints for an error into one line."""
-    printed = io.StringIO()
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     markers = (tyro.conf.OmitArgPrefixes,)
     description = f"{inspect.getdoc(cls)}\n\n--config FILE.yaml reads saved flags; flags typed beside it win."
     try:
@@ -194,8 +195,14 @@ def _parse(cls: type[Any], words: list[str]) -> Any:
     except SystemExit as error:
         if not error.code:
             raise
-    lines = [
-        line.strip("│ ").strip()
-        for line in re.split(r"─{10,}", printed.getvalue().split("╮", 1)[-1])[0].splitlines()
-    ]
-    raise ValueError(" ".join(line for line in lines if line) or "a flag has a value that cannot be read")
+    printed.seek(0)
+    box = re.sub(r"\x1b\[[0-9;]*m", "", printed.read())  # colours
+    lines = [line.strip(" │|") for line in box.splitlines()[1:]]  # the first is the box's title
+    said = list(itertools.dropwhile(_is_rule, filter(None, lines)))
+    message = " ".join(itertools.takewhile(lambda line: not _is_rule(line), said))
+    raise ValueError(message or "a flag has a value that cannot be read")
+
+
+def _is_rule(line: str) -> bool:
+    """Say whether a line of tyro's box only divides it."""
+    return not line.strip("─-")

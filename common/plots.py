@@ -34,12 +34,15 @@ class LossLog:
         The first column is the step.
         """
         self.path, self.columns = path, list(columns)
-        rows = read_csv(path) if resume_step is not None and path.is_file() else []
-        kept = [
-            row
-            for row in rows
-            if row.get(columns[0], "").isdigit() and int(row[columns[0]]) <= (resume_step or 0)
-        ]
+        kept: list[dict[str, str]] = []
+        last = -1
+        for row in read_csv(path) if resume_step is not None and path.is_file() else []:
+            step = row.get(self.columns[0]) or ""
+            if step.isdigit() and last < int(step) <= (
+                resume_step or 0
+            ):  # steps rise: a row cut short does not
+                kept.append(row)
+                last = int(step)
         with atomic_write(path) as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
