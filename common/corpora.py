@@ -129,7 +129,7 @@ def _is_intact(path: Path, sha256: str | None) -> bool:
     if not path.is_file() or path.stat().st_size == 0:
         return False
     with open(path, "rb") as file:
-        return sha256 in (None, hashlib.file_digest(file, "sha256").hexdigest())
+        return sha256 is None or hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
 
 def _found(name: str, path: Path, where: str, sha256: str | None) -> Path:

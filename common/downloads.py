@@ -15,7 +15,7 @@ import time
 import tomllib
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -161,8 +161,9 @@ def unpacked_package(spec: str, scratch: Path, sdist: bool = False, timeout: flo
         raise ValueError(f"spec ({spec}) must read NAME==VERSION")
     scratch.mkdir(parents=True, exist_ok=True)
     for left_behind in scratch.iterdir():  # by a killed run; one that lives is not an hour old
-        if time.time() - left_behind.stat().st_mtime > 3600:
-            shutil.rmtree(left_behind, ignore_errors=True)
+        with suppress(FileNotFoundError):  # and may end just now
+            if time.time() - left_behind.stat().st_mtime > 3600:
+                shutil.rmtree(left_behind, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=scratch) as temporary:
         folder = Path(temporary)
         yield _unpack_sdist(name, version, folder) if sdist else _unpack_wheel(spec, folder, timeout)
@@ -190,9 +191,10 @@ def _unpack_sdist(name: str, version: str, folder: Path) -> Path:
     compile_lock = [uv, "pip", "compile", "--quiet", "--no-deps", "--python", sys.executable]
     _run([*compile_lock, str(wanted), "--output-file", str(lock)], 60, impatient=True)
     (package,) = tomllib.loads(lock.read_text(encoding="utf-8"))["packages"]
-    if "sdist" not in package:
+    source = package.get("sdist", {})
+    if "url" not in source:
         raise DownloadError(f"{name}=={version} has no source archive")
-    download(package["sdist"]["url"], folder / "archive", package["sdist"]["hashes"]["sha256"])
+    download(source["url"], folder / "archive", source.get("hashes", {}).get("sha256"))
     unpacked = folder / "unpacked"
     unpacked.mkdir()
     try:

@@ -286,7 +286,7 @@ def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     with serve({"/file": half}) as (url, _):
         code = f"import pathlib, common.downloads as d; d.download('{url}/file', pathlib.Path('file'))"
         process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
-        while not any(tmp_path.iterdir()):
+        while process.poll() is None and not any(tmp_path.iterdir()):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=5)
@@ -412,6 +412,15 @@ def test_a_file_of_an_sdist_is_copied_without_running_its_setup(
     assert (tmp_path / "data" / "text.txt").read_bytes() == BODY
     assert not (tmp_path / "ran").exists()
     assert os.listdir(tmp_path / "data" / ".packages") == []
+
+
+@needs_uv
+def test_a_package_without_an_sdist_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        package_index({"toy-1.0-py3-none-any.whl": wheel("toy", {})}, tmp_path, monkeypatch),
+        pytest.raises(DownloadError, match=r"^toy==1\.0 has no source archive$"),
+    ):
+        fetch_package("toy==1.0", "text", tmp_path / "text", sdist=True)
 
 
 @needs_uv

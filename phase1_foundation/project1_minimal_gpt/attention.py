@@ -73,8 +73,8 @@ class CausalAttention:
     INTUITION: A sentence read left to right, with everything so far in view.
     IMPLEMENTATION: "explicit" is the formula above; "sdpa" is torch's fused kernel, which gives the same
         numbers without ever storing the (T, T) scores (how: project 10).
-    WHY: With fp32 on a CPU the fused kernel wins; with bf16 the explicit one does (benchmark.py), so it is
-        a switch.
+    WHY: Neither always wins: at context 256 on a CPU the fused kernel does in fp32 and the explicit one in
+        bf16 (benchmark.py), so it is a switch.
     """
 
     def __init__(self, kind: str = "sdpa", dropout: float = 0.0) -> None:

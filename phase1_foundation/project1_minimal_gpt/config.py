@@ -20,8 +20,8 @@ class GPTConfig(BaseConfig):
     block_size: int = 256  # longest context, in tokens
     vocab_size: int = 0  # tokens the model knows; 0: as many as the tokenizer has
     n_layer: int = 4  # blocks
-    n_head: int = 4  # attention heads per block; must divide n_embd
-    n_embd: int = 256  # width of the residual stream
+    n_head: int = 3  # attention heads per block; must divide n_embd
+    n_embd: int = 192  # width of the residual stream
     dropout: float = 0.0  # share of activations zeroed in training
     bias: bool = True  # biases in linear layers and LayerNorm, as in GPT-2
     tied: bool = True  # the head is the token embedding (Press & Wolf 2017)
@@ -46,16 +46,16 @@ class TrainConfig(BaseConfig):
     tokenizer: Literal["char", "byte"] = "char"  # one token per character, or per byte
     out: Path = CHECKPOINT.parent  # folder for model.pt, last.pt, losses.csv, loss.png
     batch_size: int = 8  # sequences per step
-    max_steps: int = 1500  # steps
+    max_steps: int = 2400  # steps
     optimizer: Literal["muon", "adamw"] = "muon"  # for the blocks' matrices; the rest is always AdamW's
     lr: float = 3e-3  # peak learning rate of AdamW
-    muon_lr: float = 0.02  # peak learning rate of Muon
+    muon_lr: float = 0.03  # peak learning rate of Muon
     min_lr_fraction: float = 0.0  # the learning rate ends at this share of its peak
     warmup_steps: int = 20  # steps over which the learning rate rises to its peak
     weight_decay: float = 0.1  # pull of matrices towards zero, times the learning rate
     beta2: float = 0.95  # memory of AdamW's second moment
     grad_clip: float = 1.0  # longest gradient, over all weights together
-    eval_interval: int = 500  # steps between evaluations; each also saves and samples
+    eval_interval: int = 600  # steps between evaluations; each also saves and samples
     sample_tokens: int = 100  # length of the sample at each evaluation; 0: none
     precision: Precision = "auto"  # of matrix products; auto: bf16 where the hardware has it
     device: str = "auto"  # auto: cuda, else mps, else cpu
@@ -133,13 +133,22 @@ class LadderConfig(BaseConfig):
     data: str = "tinyshakespeare"  # a corpus by name, or any text file
     source: Source = "auto"  # where a corpus by name comes from
     out: Path = CHECKPOINT.parent  # folder for ladder.png and ladder.csv
-    steps: int = 600  # training steps per rung
+    steps: int = 1000  # training steps per rung
+    batch_size: int = 32  # sequences per step
+    block_size: int = 64  # context, in tokens
+    n_embd: int = 128  # width
+    lr: float = 3e-3  # peak learning rate of AdamW
+    device: str = "auto"  # auto: cuda, else mps, else cpu
     seed: int = 1337  # of weights and batches
 
     def validate_config(self) -> None:
         """Raise ValueError for settings that cannot train."""
-        self.require_at_least(1, "steps")
+        self.require_at_least(1, "steps", "batch_size", "block_size")
         self.require_at_least(0, "seed")
+        if not self.lr > 0:
+            raise ValueError(f"lr ({self.lr}) must be above 0")
+        if self.n_embd < 4 or self.n_embd % 4:
+            raise ValueError(f"n_embd ({self.n_embd}) must be divisible by the ladder's 4 heads")
 
 
 @dataclass
@@ -149,9 +158,14 @@ class BenchmarkConfig(BaseConfig):
     model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size=65))
     batch_size: int = 8  # sequences per training step
     repeats: int = 7  # timings of each; the median counts
+    out: Path = CHECKPOINT.parent  # folder for benchmark.png
     device: str = "auto"  # auto: cuda, else mps, else cpu
 
     def validate_config(self) -> None:
         """Raise ValueError for settings that cannot be timed."""
         super().validate_config()
         self.require_at_least(1, "batch_size", "repeats")
+        self.model.require_at_least(1, "vocab_size")
+        self.model.require_at_least(2, "block_size")
+        if not self.model.bias:
+            raise ValueError(f"bias ({self.model.bias}) must be on: Hugging Face's GPT-2 has no other form")

@@ -133,8 +133,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = 
     IMPLEMENTATION: Divided by the Frobenius norm first, so that no singular value exceeds 1. The smaller
         side leads, so the Gram matrix is as small as can be. bf16 is enough, says [3]; dtype=None keeps the
         input's.
-    WHY: Five steps lift a singular value of 0.01 above 0.7 (a test); exactness would not lower the loss
-        ([3]).
+    WHY: Five steps bring every singular value from 0.002 to 1 into 0.68 to 1.21 (a test); exactness would
+        not lower the loss ([3]).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.to(dtype) if dtype else matrices

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.checkpoints import load_checkpoint, load_weights, restore_random_states, save_checkpoint
@@ -63,30 +63,17 @@ def run(config: Config) -> list[float]:
     data, state = prepare(config, device)
     log = LossLog(out / "losses.csv", COLUMNS, resume_step=state.step)
     describe(config, data, state, dtype)
-    forward = torch.compile(state.model) if train.compile else state.model
+    forward: nn.Module = torch.compile(state.model) if train.compile else state.model  # type: ignore[assignment]
     losses: list[Tensor] = []
     first, begin = state.step, time.perf_counter() - state.seconds
-    bar = progress(
-        range(first, train.max_steps), initial=first, total=train.max_steps, desc="training", unit="step"
-    )
+    bar = progress(range(first, train.max_steps), initial=first, total=train.max_steps, desc="training")
     with StopRequest() as stop:
         for step in bar:
             x, y = data.batch(step, device)
-            with autocast(device, dtype):
-                logits = forward(x)  # (B, T, V)
-            loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())  # nats per token
-            state.scaler.scale(loss).backward()
-            factor = lr_factor(step, train)
-            for optimizer in state.optimizers:
-                state.scaler.unscale_(optimizer)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
-            clip_gradients(state.model.parameters(), train.grad_clip)
-            for optimizer in state.optimizers:
-                state.scaler.step(optimizer)
-                optimizer.zero_grad()
-            state.scaler.update()
-            losses.append(loss.detach())
+            loss = train_step(
+                forward, state.optimizers, x, y, dtype, lr_factor(step, train), train.grad_clip, state.scaler
+            )
+            losses.append(loss)
 
             state.step, val_loss = step + 1, None
             last = state.step == train.max_steps or stop.requested
@@ -94,19 +81,57 @@ def run(config: Config) -> list[float]:
                 continue
             train_loss = loss.item()  # on a GPU this waits for all steps asked for, so not at every step
             state.seconds = time.perf_counter() - begin
-            rate = len(losses) * x.numel() / (time.perf_counter() - begin)
+            rate = state.step * x.numel() / state.seconds
             bar.set_postfix(loss=f"{train_loss:.3f}", tokens_per_s=f"{rate:,.0f}")
             if state.step % train.eval_interval == 0 or last:
                 val_loss = evaluate(state.model, data, device, dtype)
                 save(state, config, train_loss, val_loss)
                 bar.write(report(state, train_loss, val_loss, train.sample_tokens, train.seed))
                 begin = time.perf_counter() - state.seconds  # evaluation and saving are not training
-            log.add(step=state.step, seconds=state.seconds, train_loss=train_loss, val_loss=val_loss,
-                    lr=train.lr * factor, tokens_per_second=rate)  # fmt: skip
+            lr = state.optimizers[0].param_groups[0]["lr"]
+            log.add(
+                step=state.step,
+                seconds=state.seconds,
+                train_loss=train_loss,
+                val_loss=val_loss,
+                lr=lr,
+                tokens_per_second=rate,
+            )
             if stop.requested:
                 break
     finish(config, state)
     return [loss.item() for loss in losses]
+
+
+def train_step(
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    x: Tensor,
+    y: Tensor,
+    dtype: torch.dtype = torch.float32,
+    lr_share: float = 1.0,
+    grad_clip: float = 1.0,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    """Move the weights once, to predict y (B, T) better from x (B, T).
+
+    Return the loss before, nats per token.
+    """
+    scaler = scaler or torch.amp.GradScaler(x.device.type, enabled=False)
+    with autocast(x.device, dtype):
+        logits = model(x)  # (B, T, V)
+    loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+    scaler.scale(loss).backward()  # fp16 cannot hold gradients below 6e-8: compute them scaled up
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    clip_gradients(model.parameters(), grad_clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_share
+        scaler.step(optimizer)  # skipped if a gradient overflowed
+        optimizer.zero_grad()
+    scaler.update()
+    return loss.detach()
 
 
 def prepare(config: Config, device: torch.device) -> tuple[TextData, Run]:
@@ -147,7 +172,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 @torch.no_grad()
-def evaluate(model: GPT, data: TextData, device: torch.device, dtype: torch.dtype) -> float:
+def evaluate(model: nn.Module, data: TextData, device: torch.device, dtype: torch.dtype) -> float:
     """Return the loss over the whole validation part, nats per token."""
     model.eval()
     total, count = 0.0, 0
@@ -240,13 +265,7 @@ def predict_step_seconds(config: Config, data: TextData, model: GPT, dtype: torc
     with torch.random.fork_rng():
         for _ in range(4):
             start = time.perf_counter()
-            with autocast(device, dtype):
-                logits = trial(x)
-            F.cross_entropy(logits.float().flatten(0, 1), y.flatten()).backward()
-            clip_gradients(trial.parameters(), config.train.grad_clip)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            train_step(trial, optimizers, x, y, dtype)
             synchronize(device)
             times.append(time.perf_counter() - start)
     return min(times)
