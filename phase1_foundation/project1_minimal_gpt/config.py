@@ -38,15 +38,10 @@ class GPTConfig(BaseConfig):
 
 
 @dataclass
-class TrainConfig(BaseConfig):
-    """How to train."""
+class OptimizerConfig(BaseConfig):
+    """How the weights move."""
 
-    data: str = "tinyshakespeare"  # a corpus by name, or any text file
-    source: Source = "auto"  # where a corpus by name comes from
-    tokenizer: Literal["char", "byte"] = "char"  # one token per character, or per byte
-    out: Path = CHECKPOINT.parent  # folder for model.pt, last.pt, losses.csv, loss.png
-    batch_size: int = 8  # sequences per step
-    max_steps: int = 2400  # steps
+    max_steps: int = 2600  # steps
     optimizer: Literal["muon", "adamw"] = "muon"  # for the blocks' matrices; the rest is always AdamW's
     lr: float = 3e-3  # peak learning rate of AdamW
     muon_lr: float = 0.03  # peak learning rate of Muon
@@ -55,7 +50,28 @@ class TrainConfig(BaseConfig):
     weight_decay: float = 0.1  # pull of matrices towards zero, times the learning rate
     beta2: float = 0.95  # memory of AdamW's second moment
     grad_clip: float = 1.0  # longest gradient, over all weights together
-    eval_interval: int = 600  # steps between evaluations; each also saves and samples
+
+    def validate_config(self) -> None:
+        """Raise ValueError for settings that cannot train."""
+        self.require_at_least(1, "max_steps")
+        self.require_at_least(0, "warmup_steps", "weight_decay", "min_lr_fraction")
+        for name in ("lr", "muon_lr", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 ({self.beta2}) must be at least 0 and below 1")
+
+
+@dataclass
+class TrainConfig(OptimizerConfig):
+    """How to train."""
+
+    data: str = "tinyshakespeare"  # a corpus by name, or any text file
+    source: Source = "auto"  # where a corpus by name comes from
+    tokenizer: Literal["char", "byte"] = "char"  # one token per character, or per byte
+    out: Path = CHECKPOINT.parent  # folder for model.pt, last.pt, losses.csv, loss.png
+    batch_size: int = 8  # sequences per step
+    eval_interval: int = 650  # steps between evaluations; each also saves and samples
     sample_tokens: int = 100  # length of the sample at each evaluation; 0: none
     precision: Precision = "auto"  # of matrix products; auto: bf16 where the hardware has it
     device: str = "auto"  # auto: cuda, else mps, else cpu
@@ -65,13 +81,9 @@ class TrainConfig(BaseConfig):
 
     def validate_config(self) -> None:
         """Raise ValueError for settings that cannot train."""
-        self.require_at_least(1, "batch_size", "max_steps", "eval_interval")
-        self.require_at_least(0, "warmup_steps", "weight_decay", "sample_tokens", "min_lr_fraction", "seed")
-        for name in ("lr", "muon_lr", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
-        if not 0 <= self.beta2 < 1:
-            raise ValueError(f"beta2 ({self.beta2}) must be at least 0 and below 1")
+        super().validate_config()
+        self.require_at_least(1, "batch_size", "eval_interval")
+        self.require_at_least(0, "sample_tokens", "seed")
 
 
 @dataclass

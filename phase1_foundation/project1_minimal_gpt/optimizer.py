@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from phase1_foundation.project1_minimal_gpt.config import TrainConfig
+from phase1_foundation.project1_minimal_gpt.config import OptimizerConfig
 
 
 class AdamW(Optimizer):
@@ -88,7 +88,8 @@ class Muon(Optimizer):
     INTUITION: Adam equalizes the weights, Muon equalizes the directions in which a layer can turn.
     IMPLEMENTATION: Nesterov momentum, then Newton-Schulz instead of an SVD. q, k and v are three matrices
         that share a tensor (`split`), so each is orthogonalized alone. A matrix with more rows than columns
-        steps sqrt(R / C) further ([3]). Embeddings, head, biases and norms stay with AdamW.
+        steps sqrt(R / C) further ([3]). Embeddings, head, biases and norms stay with AdamW. Of a matrix cut
+        over processes (project 3) each gathers the whole, and keeps its part of the step.
     WHY: The README's table: the same loss as AdamW's in fewer seconds, although a step costs more.
     """
 
@@ -101,7 +102,7 @@ class Muon(Optimizer):
     def step(self) -> None:  # type: ignore[override]  # no closures here
         """Update all matrices that have a gradient."""
         for group in self.param_groups:
-            stacks: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
@@ -111,15 +112,29 @@ class Muon(Optimizer):
                 ahead = weight.grad.lerp(
                     velocity, group["momentum"]
                 )  # Nesterov: the velocity after one more such gradient
-                for part, update in zip(
-                    weight.chunk(group["split"]), ahead.chunk(group["split"]), strict=True
-                ):
-                    stacks[part.shape].append((part, update))
+                stacks[weight.shape].append((weight, gather(ahead)))
             for (rows, columns), pairs in stacks.items():  # one batched product for all matrices of a shape
-                parts, updates = [part for part, _ in pairs], torch.stack([update for _, update in pairs])
-                steps = orthogonalize(updates, group["ns_steps"]).to(updates.dtype).unbind()
-                torch._foreach_mul_(parts, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parts, steps, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+                weights, steps = [weight for weight, _ in pairs], [ahead for _, ahead in pairs]
+                parts = [part for step in steps for part in step.chunk(group["split"])]
+                torch._foreach_copy_(parts, orthogonalize(torch.stack(parts), group["ns_steps"]).unbind())
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                longer = math.sqrt(max(1, rows / group["split"] / columns))
+                shards = [scatter(step, weight) for step, weight in zip(steps, weights, strict=True)]
+                torch._foreach_add_(weights, shards, alpha=-group["lr"] * longer)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor of which each process holds a part (a DTensor); others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def scatter(whole: Tensor, like: Tensor) -> Tensor:
+    """Return this process's part of `whole`, cut as `like` is; all of it where `like` is whole."""
+    if not hasattr(like, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor  # here: it takes seconds to import
+
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = torch.bfloat16) -> Tensor:
@@ -148,7 +163,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = 
     return x.mT if tall else x
 
 
-def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
+def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
     """Return the optimizers of a model: Muon (if asked) for the blocks' matrices, AdamW for all the rest.
 
     PAPER: [2] for the decay; that gains, biases and norms are left out of it is GPT practice ([2] does not
@@ -187,7 +202,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     return optimizers
 
 
-def lr_factor(step: int, config: TrainConfig) -> float:
+def lr_factor(step: int, config: OptimizerConfig) -> float:
     """Return the share of the peak learning rate at a step: a straight rise, then half a cosine down.
 
     PAPER: [6] Eq. 5, without restarts; the linear warm-up, [7] Sec. 5.3.
@@ -204,16 +219,17 @@ def lr_factor(step: int, config: TrainConfig) -> float:
     )
 
 
-def clip_gradients(weights: Iterable[nn.Parameter], longest: float) -> Tensor:
-    """Shorten the gradient of all weights together to `longest` if it is longer; return its length before.
+def clip_gradients(weights: Iterable[nn.Parameter], longest: float, scale: float | Tensor = 1.0) -> Tensor:
+    """Multiply all gradients by `scale`, shorten them together to `longest`; return the length before that.
 
     PAPER: [5] Algorithm 1 (Sec. 3.2).
     PAPER CONTEXT: Loss surfaces have walls; one step off a wall's gradient throws the weights far away.
     INTUITION: Keep the direction, limit the stride.
-    IMPLEMENTATION: One norm over all tensors; no branch on its value, so a GPU is never waited for.
+    IMPLEMENTATION: One norm over all tensors; no branch on its value, so a GPU is never waited for. `scale`
+        turns the gradient of a sum of losses into that of their mean, in the same pass.
     WHY: Clipping each tensor alone would turn the direction; a test checks direction and length.
     """
     grads = [weight.grad for weight in weights if weight.grad is not None]
-    length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    torch._foreach_mul_(grads, (longest / (length + 1e-6)).clamp(max=1.0))
+    length = scale * gather(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
+    torch._foreach_mul_(grads, scale * (longest / (length + 1e-6)).clamp(max=1.0))
     return length
