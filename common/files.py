@@ -1,9 +1,11 @@
 """Where things live, and how a file is written so that nobody ever sees half of it."""
 
+import glob
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +22,7 @@ def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     make_folder(path.parent)
+    _sweep(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
@@ -30,9 +33,19 @@ def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
         os.replace(temporary, path)
     except OSError as error:
+        if error.errno is None or error.filename:  # it says already what it is about
+            raise
         raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed runs left of earlier attempts; an attempt that lives is not an hour old."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):  # another process swept it just now
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
 
 
 def make_folder(folder: Path | str) -> Path:

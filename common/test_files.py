@@ -38,6 +38,21 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_error_about_another_file_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="other"), atomic_write(tmp_path / "file"):
+        open(tmp_path / "other")  # noqa: SIM115
+
+
+def test_what_a_killed_run_left_is_swept_when_it_is_old(tmp_path):
+    old, young = tmp_path / ".file.a.tmp", tmp_path / ".file.b.tmp"
+    for left in (old, young):
+        left.touch()
+    os.utime(old, (0, 0))
+    with atomic_write(tmp_path / "file"):
+        pass
+    assert sorted(item.name for item in tmp_path.iterdir()) == [".file.b.tmp", "file"]
+
+
 def test_a_written_file_has_the_rights_that_open_would_give(tmp_path):
     (tmp_path / "plain").touch()
     with atomic_write(tmp_path / "atomic"):

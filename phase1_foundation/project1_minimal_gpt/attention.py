@@ -110,6 +110,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.fused = {"qkv.weight": 3 * (config.n_embd,)}  # rows of each matrix in it, for Muon
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.corpora import ONE_PER_LINE, documents
 from phase1_foundation.project1_minimal_gpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 VALIDATION_SHARE = 0.1  # the last tenth of the text, as in nanoGPT
@@ -70,7 +71,8 @@ def read_ids(path: Path, kind: str) -> tuple[Tensor, Tokenizer]:
 
     Raises ValueError for an empty file, and for characters of one that is not UTF-8 text.
     """
-    content = path.read_bytes()
+    one_per_line = path.name.endswith(ONE_PER_LINE)  # a corpus of documents, its newlines escaped
+    content = "\n".join(documents(path)).encode() if one_per_line else path.read_bytes()
     if not content:
         raise ValueError(f"data ({path}) must not be empty")
     if kind == "byte":

@@ -87,7 +87,7 @@ class Muon(Optimizer):
         learn too, and set speed records for training GPT-2 with it.
     INTUITION: Adam equalizes the weights, Muon equalizes the directions in which a layer can turn.
     IMPLEMENTATION: Nesterov momentum, then Newton-Schulz instead of an SVD. q, k and v are three matrices
-        that share a tensor (`split`), so each is orthogonalized alone. A matrix with more rows than columns
+        that share a tensor (rows of each: `split`), so each is orthogonalized alone. A matrix with more rows than columns
         steps sqrt(R / C) further ([3]). Embeddings, head, biases and norms stay with AdamW. Of a matrix cut
         over processes (project 3) each gathers the whole, and keeps its part of the step.
     WHY: The README's table: the same loss as AdamW's in fewer seconds, although a step costs more.
@@ -95,32 +95,34 @@ class Muon(Optimizer):
 
     def __init__(self, params: Iterable[dict], lr: float, momentum: float = 0.95, ns_steps: int = 5) -> None:
         super().__init__(
-            params, {"lr": lr, "momentum": momentum, "ns_steps": ns_steps, "weight_decay": 0.0, "split": 1}
+            params, {"lr": lr, "momentum": momentum, "ns_steps": ns_steps, "weight_decay": 0.0, "split": None}
         )
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closures here
         """Update all matrices that have a gradient."""
         for group in self.param_groups:
-            stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            steps = []
+            stacks: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for weight in weights:
                 if not self.state[weight]:
                     self.state[weight] = {"velocity": torch.zeros_like(weight)}
                 velocity = self.state[weight]["velocity"].lerp_(weight.grad, 1 - group["momentum"])
                 ahead = weight.grad.lerp(
                     velocity, group["momentum"]
-                )  # Nesterov: the velocity after one more such gradient
-                stacks[weight.shape].append((weight, gather(ahead)))
-            for (rows, columns), pairs in stacks.items():  # one batched product for all matrices of a shape
-                weights, steps = [weight for weight, _ in pairs], [ahead for _, ahead in pairs]
-                parts = [part for step in steps for part in step.chunk(group["split"])]
+                )  # Nesterov: after one more such gradient
+                steps.append(gather(ahead))
+                for part in steps[-1].split(group["split"] or len(weight)):
+                    stacks[part.shape].append(part)
+            for (rows, columns), parts in stacks.items():  # one batched product for all matrices of a shape
                 torch._foreach_copy_(parts, orthogonalize(torch.stack(parts), group["ns_steps"]).unbind())
+                if rows > columns:
+                    torch._foreach_mul_(parts, math.sqrt(rows / columns))
+            if weights:
+                shares = [scatter(step, weight) for step, weight in zip(steps, weights, strict=True)]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                longer = math.sqrt(max(1, rows / group["split"] / columns))
-                shards = [scatter(step, weight) for step, weight in zip(steps, weights, strict=True)]
-                torch._foreach_add_(weights, shards, alpha=-group["lr"] * longer)
+                torch._foreach_add_(weights, shares, alpha=-group["lr"])
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -171,7 +173,8 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
     PAPER CONTEXT: [3] keeps embeddings and head with AdamW: their rows are tokens, not directions.
     INTUITION: Matrices are pulled towards zero, offsets are not: a bias does no harm by being large.
     IMPLEMENTATION: Two groups of AdamW, with and without decay, by the number of dimensions; each group
-        remembers its peak rate, which the schedule scales.
+        remembers its peak rate, which the schedule scales. A module says in `fused` which of its weights
+        are several matrices one below the other, and how many rows each has.
     WHY: A test checks that every parameter is in exactly one group.
     """
     hidden = {
@@ -189,13 +192,17 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
     plain = {"params": [weight for weight in rest if weight.dim() < 2], "weight_decay": 0.0}
     optimizers: list[Optimizer] = [AdamW([decayed, plain], lr=config.lr, betas=(0.9, config.beta2))]
     if hidden:
-        fused = {
-            "params": [weight for name, weight in hidden.items() if name.endswith("qkv.weight")],
-            "split": 3,
+        splits = {
+            f"{name}.{weight}": rows
+            for name, module in model.named_modules()
+            for weight, rows in getattr(module, "fused", {}).items()
         }
-        single = {"params": [weight for name, weight in hidden.items() if not name.endswith("qkv.weight")]}
-        groups = [group | {"weight_decay": config.weight_decay} for group in (single, fused)]
-        optimizers.append(Muon(groups, lr=config.muon_lr))
+        groups: dict[tuple[int, ...] | None, list[Tensor]] = defaultdict(list)
+        for name, weight in hidden.items():
+            groups[splits.get(name)].append(weight)
+        decay = config.weight_decay
+        muon = [{"params": group, "split": split, "weight_decay": decay} for split, group in groups.items()]
+        optimizers.append(Muon(muon, lr=config.muon_lr))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
