@@ -11,9 +11,11 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from common import downloads
 from common.downloads import DownloadError, save
@@ -39,12 +41,34 @@ Read = Callable[[list[Path]], Iterable[bytes]]  # turns the files that a source 
 
 
 @dataclass(frozen=True)
+class HubTable:
+    """The column `text` of a dataset on the Hugging Face hub."""
+
+    dataset: str
+    split: str
+    row: Callable[[str], bytes]  # turns the text of a row into the bytes of our file
+    options: dict[str, str]  # for load_dataset: name, revision
+
+    def load(self, streaming: bool) -> Any:
+        """Return the library's table of rows; DownloadError if it cannot be had."""
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        downloads.answer(
+            f"{endpoint}/api/datasets/{self.dataset}"
+        ).close()  # the library would wait for minutes
+        with hub_errors():
+            from datasets import load_dataset  # takes seconds
+
+            return load_dataset(self.dataset, split=self.split, streaming=streaming, **self.options)
+
+
+@dataclass(frozen=True)
 class Source:
     """One way to get a file."""
 
     name: str  # one of SOURCES
     detail: str  # what exactly, to be said aloud
     make: Make
+    table: HubTable | None = None  # of a hub
 
 
 @dataclass(frozen=True)
@@ -165,19 +189,23 @@ def _hub(
     **options: str,
 ) -> Source:
     """The column `text` of a dataset; with a limit, in rows, no more of it is fetched."""
+    table = HubTable(dataset, split, row, options)
 
     def rows() -> Iterator[bytes]:
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        downloads.answer(f"{endpoint}/api/datasets/{dataset}").close()  # load_dataset would wait for minutes
-        try:
-            from datasets import load_dataset  # takes seconds
+        records = table.load(streaming=limit is not None)
+        with hub_errors():
+            yield from (row(record["text"]) for record in islice(records, limit))
 
-            table = load_dataset(dataset, split=split, streaming=limit is not None, **options)
-            yield from (row(record["text"]) for record in islice(table, limit))
-        except Exception as error:  # a dozen types from four libraries
-            raise DownloadError(f"{type(error).__name__}: {one_line(error)[:200]}") from error
+    return Source("hub", dataset, lambda path, sha256: save(rows(), path, sha256), table)
 
-    return Source("hub", dataset, lambda path, sha256: save(rows(), path, sha256))
+
+@contextmanager
+def hub_errors() -> Iterator[None]:
+    """Turn whatever goes wrong inside the library, a dozen types from four libraries, into DownloadError."""
+    try:
+        yield
+    except Exception as error:
+        raise DownloadError(f"{type(error).__name__}: {one_line(error)[:200]}") from error
 
 
 def _url(address: str) -> Source:
@@ -247,9 +275,13 @@ def _entry(file: str, *sources: Source, mirrored: str = "", read: Read | None = 
     return Entry(file, [_local(mirrored or file, read), *sources])
 
 
+def _wikitext_line(line: str) -> bytes:
+    return (line or " \n").encode()  # the hub has its empty lines as empty texts
+
+
 def _wikitext2(part: str, split: str) -> Entry:
     """WikiText-2 with its rare words as <unk>, the form in which papers quote perplexities per word."""
-    hub = _hub("Salesforce/wikitext", split, lambda line: (line or " \n").encode(), name="wikitext-2-v1")
+    hub = _hub("Salesforce/wikitext", split, _wikitext_line, name="wikitext-2-v1")
     url = _url(f"{_GITHUB}/pytorch/examples/main/word_language_model/data/wikitext-2/{part}.txt")
     return _entry(f"wikitext2-{part}.txt", hub, url, mirrored=f"wikitext2/{part}.txt")
 
@@ -291,6 +323,21 @@ CORPORA = {
     "wikitext2": _wikitext2("train", "train"),
     "wikitext2-valid": _wikitext2("valid", "validation"),
     "wikitext2-test": _wikitext2("test", "test"),
+    "wikitext103": _entry(
+        "wikitext103.txt", _hub("Salesforce/wikitext", "train", _wikitext_line, name="wikitext-103-raw-v1")
+    ),
+    # of these three a sample; project 3's download_data.py takes as much as it is told to
+    "fineweb_edu": _entry(
+        "fineweb_edu.docs.txt",
+        _hub("HuggingFaceFW/fineweb-edu", "train", _to_line, limit=20_000, name="sample-10BT"),
+    ),
+    "openwebtext": _entry(
+        "openwebtext.docs.txt", _hub("Skylion007/openwebtext", "train", _to_line, limit=20_000)
+    ),
+    "wikipedia": _entry(
+        "wikipedia.docs.txt",
+        _hub("wikimedia/wikipedia", "train", _to_line, limit=20_000, name="20231101.en"),
+    ),
     "stdlib": _entry("stdlib.docs.txt", _offline(standard_library)),
 }
 FILES = {

@@ -82,7 +82,7 @@ def time_in_turn(
 ) -> dict[str, float]:
     """Return the median seconds of each; round by round, so that a busy moment strikes all of them."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in progress(range(repeats + 1), desc=f"{task:24}", leave=False):
+    for _ in progress(range(repeats + 1), desc=task, leave=False, delay=1):
         for name, work in contestants.items():
             start = time.perf_counter()
             work()

@@ -13,6 +13,12 @@ CHECKPOINT = CHECKPOINTS / "project1" / "model.pt"
 TRAIN_COMMAND = "uv run python phase1_foundation/project1_minimal_gpt/train.py"
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a number that torch cannot be seeded with."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed ({seed}) must be at least 0 and below 2**63")
+
+
 @dataclass
 class GPTConfig(BaseConfig):
     """Shape of the model (GPT-2, Radford et al. 2019)."""
@@ -48,7 +54,7 @@ class OptimizerConfig(BaseConfig):
     min_lr_fraction: float = 0.0  # the learning rate ends at this share of its peak
     warmup_steps: int = 20  # steps over which the learning rate rises to its peak
     weight_decay: float = 0.1  # pull of matrices towards zero, times the learning rate
-    beta2: float = 0.95  # memory of AdamW's second moment
+    beta2: float = 0.99  # memory of AdamW's second moment
     grad_clip: float = 1.0  # longest gradient, over all weights together
 
     def validate_config(self) -> None:
@@ -83,7 +89,8 @@ class TrainConfig(OptimizerConfig):
         """Raise ValueError for settings that cannot train."""
         super().validate_config()
         self.require_at_least(1, "batch_size", "eval_interval")
-        self.require_at_least(0, "sample_tokens", "seed")
+        self.require_at_least(0, "sample_tokens")
+        check_seed(self.seed)
 
 
 @dataclass
@@ -111,7 +118,8 @@ class GenerateConfig(BaseConfig):
 
     def validate_config(self) -> None:
         """Raise ValueError for settings that cannot sample."""
-        self.require_at_least(0, "temperature", "seed")
+        self.require_at_least(0, "temperature")
+        check_seed(self.seed)
         self.require_at_least(1, "max_new_tokens", "num_samples", "top_k")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p ({self.top_p}) must be above 0 and at most 1")
@@ -137,6 +145,11 @@ class VisualizeConfig(BaseConfig):
     prompt: str = "ROMEO:\nO, she doth teach the torches to burn bright!"  # text whose attention is drawn
     out: Path = CHECKPOINT.parent  # folder for the PNGs
 
+    def validate_config(self) -> None:
+        """Raise ValueError for a text that cannot be shown."""
+        if not self.prompt:
+            raise ValueError("prompt () must hold at least one character")
+
 
 @dataclass
 class LadderConfig(BaseConfig):
@@ -156,7 +169,7 @@ class LadderConfig(BaseConfig):
     def validate_config(self) -> None:
         """Raise ValueError for settings that cannot train."""
         self.require_at_least(1, "steps", "batch_size", "block_size")
-        self.require_at_least(0, "seed")
+        check_seed(self.seed)
         if not self.lr > 0:
             raise ValueError(f"lr ({self.lr}) must be above 0")
         if self.n_embd < 4 or self.n_embd % 4:

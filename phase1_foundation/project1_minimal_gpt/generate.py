@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.checkpoints import load_checkpoint, load_weights
 from common.device import pick_device
-from common.script import ask, script
+from common.script import ask, one_line, script
 from phase1_foundation.project1_minimal_gpt.config import TRAIN_COMMAND, GenerateConfig, GPTConfig
 from phase1_foundation.project1_minimal_gpt.model import GPT
 from phase1_foundation.project1_minimal_gpt.tokenizer import Tokenizer, from_dict
@@ -118,8 +118,15 @@ def load_gpt(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Token
 def run(config: GenerateConfig) -> list[str]:
     """Write `num_samples` texts after the prompt, printing as they come; return them, prompts included."""
     model, tokenizer = load_gpt(config.checkpoint, pick_device(config.device))
-    prompts = ask("text> ") if config.interactive else [config.prompt]
-    return [text for prompt in prompts for text in write(model, tokenizer, prompt, config)]
+    if not config.interactive:
+        return write(model, tokenizer, config.prompt, config)
+    texts = []
+    for prompt in ask("text> "):
+        try:
+            texts += write(model, tokenizer, prompt, config)
+        except ValueError as error:  # an unknown character should not end the conversation
+            print(f"error: {one_line(error)}")
+    return texts
 
 
 def write(model: GPT, tokenizer: Tokenizer, prompt: str, config: GenerateConfig) -> list[str]:
@@ -130,11 +137,10 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, config: GenerateConfig)
             print(f"--- sample {sample + 1} of {config.num_samples}, seed {config.seed + sample}")
         how = (config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.seed + sample)
         ids = generate(model, tokenizer.encode(prompt), *how)
-        pieces = [prompt]
-        print(prompt, end="", flush=True)
+        pieces: list[str] = []
         for piece in stream_text(tokenizer, ids):
-            print(piece, end="", flush=True)
-            pieces.append(piece)
+            pieces.append(piece if pieces else prompt + piece)
+            print(pieces[-1], end="", flush=True)
         print()
         texts.append("".join(pieces))
     return texts

@@ -86,10 +86,10 @@ class Muon(Optimizer):
         single numbers, follows them. [3] replaces the gradient U S V^T by U V^T, so that rare directions
         learn too, and set speed records for training GPT-2 with it.
     INTUITION: Adam equalizes the weights, Muon equalizes the directions in which a layer can turn.
-    IMPLEMENTATION: Nesterov momentum, then Newton-Schulz instead of an SVD. q, k and v are three matrices
-        that share a tensor (rows of each: `split`), so each is orthogonalized alone. A matrix with more rows than columns
-        steps sqrt(R / C) further ([3]). Embeddings, head, biases and norms stay with AdamW. Of a matrix cut
-        over processes (project 3) each gathers the whole, and keeps its part of the step.
+    IMPLEMENTATION: Nesterov momentum, then Newton-Schulz instead of an SVD. q, k and v are three matrices in
+        one tensor (`split`: the rows of each), so each is orthogonalized alone. A matrix with more rows than
+        columns steps sqrt(R / C) further ([3]). Embeddings, head, biases and norms stay with AdamW. Where
+        processes hold a part of a matrix each (project 3), each gathers the whole and keeps its part.
     WHY: The README's table: the same loss as AdamW's in fewer seconds, although a step costs more.
     """
 
@@ -109,9 +109,7 @@ class Muon(Optimizer):
                 if not self.state[weight]:
                     self.state[weight] = {"velocity": torch.zeros_like(weight)}
                 velocity = self.state[weight]["velocity"].lerp_(weight.grad, 1 - group["momentum"])
-                ahead = weight.grad.lerp(
-                    velocity, group["momentum"]
-                )  # Nesterov: after one more such gradient
+                ahead = weight.grad.lerp(velocity, group["momentum"])  # Nesterov: one more such gradient
                 steps.append(gather(ahead))
                 for part in steps[-1].split(group["split"] or len(weight)):
                     stacks[part.shape].append(part)
@@ -136,7 +134,7 @@ def scatter(whole: Tensor, like: Tensor) -> Tensor:
         return whole
     from torch.distributed.tensor import distribute_tensor  # here: it takes seconds to import
 
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = torch.bfloat16) -> Tensor:
@@ -161,7 +159,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = 
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x  # a x + (b g + c g^2) x
+        bend = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b g + c g^2
+        x = torch.baddbmm(x, bend, x, beta=a)  # a x + (b g + c g^2) x, rounded once
     return x.mT if tall else x
 
 

@@ -127,7 +127,7 @@ def test_a_file_that_is_not_text_is_refused_in_words(tmp_path: Path):
 
 def test_an_unknown_character_is_named_with_its_number():
     with pytest.raises(ValueError, match=r"character \('ß', U\+00DF\) must be one .*'ehlo'"):
-        CharTokenizer.train("hello").encode("heißo")
+        CharTokenizer.train("hello").encode("heßo")
     many = CharTokenizer("".join(map(chr, range(0x4E00, 0x4E00 + 200))))
     with pytest.raises(ValueError, match=r"'🙂', U\+1F642.*200 characters"):
         many.encode("🙂")

@@ -1,6 +1,6 @@
 """Train project 1 to predict the next character.
 
-Uv run python phase1_foundation/project1_minimal_gpt/train.py
+uv run python phase1_foundation/project1_minimal_gpt/train.py
 """
 
 import copy
@@ -30,6 +30,7 @@ from phase1_foundation.project1_minimal_gpt.tokenizer import Tokenizer
 
 COLUMNS = ("step", "seconds", "train_loss", "val_loss", "lr", "tokens_per_second")
 LOG_INTERVAL = 10  # steps between rows of losses.csv
+# settings that may differ from those of the run that --resume goes on with
 FREE_TO_CHANGE = {
     "out",
     "resume",
@@ -39,7 +40,7 @@ FREE_TO_CHANGE = {
     "eval_interval",
     "sample_tokens",
     "source",
-}  # on --resume
+}
 
 
 @dataclass
@@ -65,39 +66,33 @@ def run(config: Config) -> list[float]:
     describe(config, data, state, dtype)
     forward: nn.Module = torch.compile(state.model) if train.compile else state.model  # type: ignore[assignment]
     losses: list[Tensor] = []
-    first, begin = state.step, time.perf_counter() - state.seconds
-    bar = progress(range(first, train.max_steps), initial=first, total=train.max_steps, desc="training")
+    begin = time.perf_counter() - state.seconds
+    steps = range(state.step, train.max_steps)
+    bar = progress(steps, initial=state.step, total=train.max_steps, desc="training")
     with StopRequest() as stop:
         for step in bar:
             x, y = data.batch(step, device)
-            loss = train_step(
-                forward, state.optimizers, x, y, dtype, lr_factor(step, train), train.grad_clip, state.scaler
+            share = lr_factor(step, train)
+            losses.append(
+                train_step(forward, state.optimizers, x, y, dtype, share, train.grad_clip, state.scaler)
             )
-            losses.append(loss)
 
-            state.step, val_loss = step + 1, None
-            last = state.step == train.max_steps or stop.requested
-            if state.step % LOG_INTERVAL and state.step % train.eval_interval and not last:
+            state.step, stopping = step + 1, stop.requested
+            evaluating = stopping or state.step % train.eval_interval == 0 or state.step == train.max_steps
+            if not evaluating and state.step % LOG_INTERVAL:
                 continue
-            train_loss = loss.item()  # on a GPU this waits for all steps asked for, so not at every step
-            state.seconds = time.perf_counter() - begin
-            rate = state.step * x.numel() / state.seconds
-            bar.set_postfix(loss=f"{train_loss:.3f}", tokens_per_s=f"{rate:,.0f}")
-            if state.step % train.eval_interval == 0 or last:
-                val_loss = evaluate(state.model, data, device, dtype)
-                save(state, config, train_loss, val_loss)
-                bar.write(report(state, train_loss, val_loss, train.sample_tokens, train.seed))
-                begin = time.perf_counter() - state.seconds  # evaluation and saving are not training
-            lr = state.optimizers[0].param_groups[0]["lr"]
-            log.add(
-                step=state.step,
-                seconds=state.seconds,
-                train_loss=train_loss,
-                val_loss=val_loss,
-                lr=lr,
-                tokens_per_second=rate,
-            )
-            if stop.requested:
+            row = {"step": state.step, "train_loss": losses[-1].item(), "lr": train.lr * share}
+            state.seconds = time.perf_counter() - begin  # after item(), which waits for a GPU to be done
+            row |= {"seconds": state.seconds, "tokens_per_second": state.step * x.numel() / state.seconds}
+            bar.set_postfix(loss=f"{row['train_loss']:.3f}", tokens_per_s=f"{row['tokens_per_second']:,.0f}")
+            if evaluating:
+                row["val_loss"] = evaluate(state.model, data, device, dtype)
+            log.add(**row)  # before save(): resuming drops a row too many, but cannot make up a lost one
+            if evaluating:
+                save(state, config, row["train_loss"], row["val_loss"])
+                bar.write(report(state, row["train_loss"], row["val_loss"], train.sample_tokens, train.seed))
+                begin = time.perf_counter() - state.seconds  # evaluating and saving are not training
+            if stopping:
                 break
     finish(config, state)
     return [loss.item() for loss in losses]
@@ -140,12 +135,10 @@ def prepare(config: Config, device: torch.device) -> tuple[TextData, Run]:
     seed_everything(train.seed)
     ids, tokenizer = read_ids(find_text(train.data, train.source), train.tokenizer)
     data = TextData(ids, config.model.block_size, train.batch_size, train.seed)
-    if 0 < config.model.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"vocab_size ({config.model.vocab_size}) must be at least {tokenizer.vocab_size}, as the text has"
-        )
-    shape = replace(config.model, vocab_size=max(config.model.vocab_size, tokenizer.vocab_size))
-    model = GPT(shape).to(device)
+    V = tokenizer.vocab_size
+    if config.model.vocab_size not in (0, V):
+        raise ValueError(f"vocab_size ({config.model.vocab_size}) must be {V}, as the text has, or 0")
+    model = GPT(replace(config.model, vocab_size=V)).to(device)
     fp16 = pick_dtype(train.precision, device) == torch.float16
     state = Run(
         model, tokenizer, make_optimizers(model, train), torch.amp.GradScaler(device.type, enabled=fp16)
@@ -243,8 +236,9 @@ def describe(config: Config, data: TextData, state: Run, dtype: torch.dtype) -> 
     device = next(model.parameters()).device
     tokens = train.batch_size * config.model.block_size  # per step
     operations = tokens * model.flops_per_token()
-    seconds = predict_step_seconds(config, data, model, dtype)
-    rate = measure_matmul_rate(device, dtype)
+    with torch.random.fork_rng():  # what measuring draws must not change the run
+        seconds = predict_step_seconds(config, data, model, dtype)
+        rate = measure_matmul_rate(device, dtype)
     left = train.max_steps - state.step
     sizes = f"{len(data.train):,} tokens to train on, {len(data.validation):,} to validate"
     print(f"text        {sizes}, {state.tokenizer.vocab_size} different")
@@ -262,12 +256,11 @@ def predict_step_seconds(config: Config, data: TextData, model: GPT, dtype: torc
     optimizers = make_optimizers(trial, config.train)
     x, y = data.batch(0, device)
     times = []
-    with torch.random.fork_rng():
-        for _ in range(4):
-            start = time.perf_counter()
-            train_step(trial, optimizers, x, y, dtype)
-            synchronize(device)
-            times.append(time.perf_counter() - start)
+    for _ in range(4):
+        start = time.perf_counter()
+        train_step(trial, optimizers, x, y, dtype)
+        synchronize(device)
+        times.append(time.perf_counter() - start)
     return min(times)
 
 
