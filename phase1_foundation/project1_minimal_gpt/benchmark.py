@@ -107,6 +107,7 @@ def hugging_face_gpt2(config: GPTConfig, attention: str = "sdpa") -> Any:
 
     if not config.bias:
         raise ValueError(f"bias ({config.bias}) must be on: Hugging Face's GPT-2 has no other form")
+    kind: dict[str, Any] = {"attn_implementation": attention}
     shape = GPT2Config(
         vocab_size=config.vocab_size,
         n_positions=config.block_size,
@@ -116,10 +117,11 @@ def hugging_face_gpt2(config: GPTConfig, attention: str = "sdpa") -> Any:
         resid_pdrop=config.dropout,
         embd_pdrop=config.dropout,
         attn_pdrop=config.dropout,
+        activation_function="gelu" if config.gelu == "exact" else "gelu_new",
         tie_word_embeddings=config.tied,
         bos_token_id=None,
         eos_token_id=None,
-        attn_implementation=attention,
+        **kind,
     )
     return GPT2LMHeadModel(shape)
 
@@ -169,17 +171,22 @@ def time_generation(config: BenchmarkConfig, device: torch.device) -> list[Row]:
     contestants: dict[str, Callable[[], object]] = {}
     for name, model in models(shape, device).items():
         if isinstance(model, GPT):
-            contestants[name] = lambda model=model: list(generate(model, prompt, new))
+            contestants[name] = partial(write, model, prompt, new)
         elif isinstance(model, Peer) and name == PEER:
-            contestants[name] = lambda model=model: model.generate(prompt, new, use_cache=False)
-            contestants[f"{name}, KV cache"] = lambda model=model: model.generate(prompt, new, use_cache=True)
+            contestants[name] = partial(model.generate, prompt, new, use_cache=False)
+            contestants[f"{name}, KV cache"] = partial(model.generate, prompt, new, use_cache=True)
     times = time_in_turn(contestants, config.repeats, device, "generation")
     operations = GPT(shape).flops_per_token() / 3  # the forward pass of one token, as a cache would do it
     return [Row("generation", "fp32", name, seconds, new, operations) for name, seconds in times.items()]
 
 
+def write(model: GPT, prompt: list[int], max_new_tokens: int) -> list[int]:
+    """Let our model write as many tokens."""
+    return list(generate(model, prompt, max_new_tokens))
+
+
 def time_attention(config: BenchmarkConfig, device: torch.device, precision: str) -> list[Row]:
-    """Time attention alone, as in writing (forward) and in training (with backward), over equally many tokens."""
+    """Time attention alone, as in writing (forward) and in training (with backward)."""
     H = config.model.n_head
     D = config.model.n_embd // H
     rows = []

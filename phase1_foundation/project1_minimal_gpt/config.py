@@ -31,6 +31,7 @@ class GPTConfig(BaseConfig):
     dropout: float = 0.0  # share of activations zeroed in training
     bias: bool = True  # biases in linear layers and LayerNorm, as in GPT-2
     tied: bool = True  # the head is the token embedding (Press & Wolf 2017)
+    gelu: Literal["exact", "tanh"] = "exact"  # x * Phi(x), or GPT-2's approximation of it
     attention: Literal["explicit", "sdpa"] = "explicit"  # formula written out, or torch's fused kernel
 
     def validate_config(self) -> None:
@@ -47,7 +48,7 @@ class GPTConfig(BaseConfig):
 class OptimizerConfig(BaseConfig):
     """How the weights move."""
 
-    max_steps: int = 2600  # steps
+    max_steps: int = 2200  # steps
     optimizer: Literal["muon", "adamw"] = "muon"  # for the blocks' matrices; the rest is always AdamW's
     lr: float = 3e-3  # peak learning rate of AdamW
     muon_lr: float = 0.03  # peak learning rate of Muon
@@ -77,7 +78,7 @@ class TrainConfig(OptimizerConfig):
     tokenizer: Literal["char", "byte"] = "char"  # one token per character, or per byte
     out: Path = CHECKPOINT.parent  # folder for model.pt, last.pt, losses.csv, loss.png
     batch_size: int = 8  # sequences per step
-    eval_interval: int = 650  # steps between evaluations; each also saves and samples
+    eval_interval: int = 550  # steps between evaluations; each also saves and samples
     sample_tokens: int = 100  # length of the sample at each evaluation; 0: none
     precision: Precision = "auto"  # of matrix products; auto: bf16 where the hardware has it
     device: str = "auto"  # auto: cuda, else mps, else cpu

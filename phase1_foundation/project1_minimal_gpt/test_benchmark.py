@@ -23,13 +23,19 @@ def test_contestants_run_in_turn_and_the_first_round_does_not_count():
 def test_all_four_models_have_the_same_shape():
     config = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
     contestants = models(config, torch.device("cpu"))
-    sizes = {name: sum(weight.numel() for weight in model.parameters()) for name, model in contestants.items()}
+    sizes = {
+        name: sum(weight.numel() for weight in model.parameters()) for name, model in contestants.items()
+    }
     assert len(sizes) == 4
     assert len(set(sizes.values())) == 1
-    assert {model(torch.zeros(2, 8, dtype=torch.long)).shape for model in contestants.values()} == {(2, 8, 11)}
+    assert {model(torch.zeros(2, 8, dtype=torch.long)).shape for model in contestants.values()} == {
+        (2, 8, 11)
+    }
 
 
-def test_the_whole_benchmark_runs_and_prints_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_the_whole_benchmark_runs_and_prints_every_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
     monkeypatch.setattr(benchmark, "CONTEXTS", (4, 8))
     monkeypatch.setattr(benchmark, "ATTENTION_TOKENS", 16)
     shape = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16)
@@ -60,7 +66,9 @@ def test_pairs_are_explicit_with_sdpa():
         ("--n_embd 10 --n_head 4", "n_embd (10) must be divisible by n_head (4)"),
     ],
 )
-def test_a_bad_input_gets_one_line_and_status_2(flags: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_bad_input_gets_one_line_and_status_2(
+    flags: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys
+):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags.split()])
     with pytest.raises(SystemExit) as ended:
         benchmark.main()

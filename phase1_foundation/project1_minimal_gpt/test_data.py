@@ -1,6 +1,7 @@
 """Checks of the training data. --interactive cuts the text you type into inputs and targets."""
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.script import ask, run_validation
+from phase1_foundation.project1_minimal_gpt import download_data
+from phase1_foundation.project1_minimal_gpt.config import DownloadConfig
 from phase1_foundation.project1_minimal_gpt.data import TextData, read_ids
 from phase1_foundation.project1_minimal_gpt.tokenizer import ByteTokenizer, CharTokenizer
 
@@ -108,6 +111,36 @@ def test_a_file_that_is_not_text_is_refused_in_words(content: bytes, kind: str, 
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_ids(tmp_path / "file", kind)
+
+
+# download_data.py
+
+
+def test_downloading_says_where_the_text_is_and_how_it_begins(
+    text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr(download_data, "load_corpus", lambda name, source: text_file)
+    assert download_data.run(DownloadConfig()) == text_file
+    text = text_file.read_text(encoding="utf-8")
+    printed = capsys.readouterr().out
+    assert f"{len(text):,} characters, {len(set(text))} different" in printed
+    assert text[:200] in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--corpus nowhere", "corpus (nowhere) must be one of"), ("--source pigeon", "source")],
+)
+def test_an_unknown_corpus_or_source_gets_one_line_and_status_2(
+    flags: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["download_data.py", *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        download_data.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.count("\n") == 1
+    assert message in error
 
 
 def interact() -> None:

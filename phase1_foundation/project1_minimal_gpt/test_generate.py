@@ -1,4 +1,4 @@
-"""Checks of sampling and of generate.py. --interactive shows which characters each setting leaves to draw from."""
+"""Checks of sampling and generate.py. --interactive shows what each setting leaves to draw from."""
 
 import io
 import math
@@ -48,7 +48,14 @@ def test_temperature_divides_the_logits():
 
 @pytest.mark.parametrize(
     ("top_k", "kept"),
-    [(1, {1}), (2, {1, 3}), (3, {0, 1, 3}), (5, {0, 1, 2, 3, 4}), (99, {0, 1, 2, 3, 4}), (None, {0, 1, 2, 3, 4})],
+    [
+        (1, {1}),
+        (2, {1, 3}),
+        (3, {0, 1, 3}),
+        (5, {0, 1, 2, 3, 4}),
+        (99, {0, 1, 2, 3, 4}),
+        (None, {0, 1, 2, 3, 4}),
+    ],
 )
 def test_top_k_keeps_exactly_the_k_likeliest(top_k: int | None, kept: set[int]):
     assert support(top_k=top_k) == kept
@@ -94,7 +101,9 @@ def test_odds_are_a_distribution_that_keeps_the_order_of_the_logits(logits, temp
     assert all(x <= min(kept) or x in kept for x in logits)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.9}]
+)
 def test_odds_equal_those_of_hugging_face(settings: dict[str, float]):
     from transformers.generation import logits_process as theirs
 
@@ -159,7 +168,9 @@ def test_writing_leaves_the_model_in_the_mode_it_was_in():
 
 @pytest.mark.parametrize("length", [0, 9])
 def test_a_prompt_that_is_empty_or_longer_than_the_context_is_refused_in_words(length: int):
-    with pytest.raises(ValueError, match=rf"prompt \({length} tokens\) must have .* at most block_size \(8\)"):
+    with pytest.raises(
+        ValueError, match=rf"prompt \({length} tokens\) must have .* at most block_size \(8\)"
+    ):
         next(generate(small_gpt(), [1] * length, 1))
     assert len(list(generate(small_gpt(), [1] * 8, 1))) == 1
 
@@ -169,7 +180,9 @@ def test_a_prompt_that_is_empty_or_longer_than_the_context_is_refused_in_words(l
 
 @pytest.fixture
 def asked(trained: Trained) -> GenerateConfig:
-    return GenerateConfig(checkpoint=trained.out / "model.pt", prompt="to be", max_new_tokens=20, device="cpu")
+    return GenerateConfig(
+        checkpoint=trained.out / "model.pt", prompt="to be", max_new_tokens=20, device="cpu"
+    )
 
 
 def test_it_prints_what_it_returns_prompt_first(asked: GenerateConfig, capsys):
@@ -194,7 +207,9 @@ def test_a_checkpoint_gives_back_the_model_that_was_saved(trained: Trained):
     model, tokenizer = load_gpt(trained.out / "last.pt")
     saved = torch.load(trained.out / "last.pt", weights_only=True)
     assert asdict(model.config) == saved["config"]
-    assert all(torch.equal(weight, saved["model_state_dict"][name]) for name, weight in model.state_dict().items())
+    assert all(
+        torch.equal(weight, saved["model_state_dict"][name]) for name, weight in model.state_dict().items()
+    )
     assert tokenizer.to_dict() == saved["tokenizer"]
     assert not model.training
 
@@ -229,7 +244,10 @@ def damaged(trained: Trained, tmp_path: Path) -> Path:
         ("--prompt=", "prompt () must hold at least one character"),
         ("--prompt=Zeus", "character ('Z', U+005A) must be one that the training text has"),
         ("--prompt=to_be_or_not_to_be", "character ('_', U+005F)"),
-        ("--prompt=totototototototot", "prompt (17 tokens) must have at least 1 and at most block_size (16) tokens"),
+        (
+            "--prompt=totototototototot",
+            "prompt (17 tokens) must have at least 1 and at most block_size (16) tokens",
+        ),
         ("--checkpoint {folder}/none.pt", "none.pt; make it with: uv run python phase1_foundation/"),
         ("--checkpoint {folder}/cut0.pt", "cut0.pt) must be a whole file of this course"),
         ("--checkpoint {folder}/cut1.pt", "cut1.pt) must be a whole file of this course"),

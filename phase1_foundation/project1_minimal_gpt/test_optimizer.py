@@ -1,4 +1,4 @@
-"""Checks of AdamW, Muon, the schedule and clipping. --interactive shows what Muon makes of singular values."""
+"""Checks of AdamW, Muon, schedule and clipping. --interactive shows what Muon makes of singular values."""
 
 import math
 from collections.abc import Callable
@@ -72,7 +72,9 @@ def test_the_first_step_is_lr_whatever_the_gradient_and_would_not_be_without_the
         optimizer.step()
         assert weight.item() == pytest.approx(-0.1, rel=1e-3)  # eps is 1e-4 of the smallest gradient
         state = optimizer.state[weight]
-        assert (state["mean"] / state["square"].sqrt()).item() == pytest.approx(0.45, abs=0.005)  # uncorrected
+        assert (state["mean"] / state["square"].sqrt()).item() == pytest.approx(
+            0.45, abs=0.005
+        )  # uncorrected
 
 
 # Muon
@@ -163,7 +165,9 @@ def test_every_parameter_is_in_exactly_one_group(optimizer: str, tied: bool):
     assert optimizers[0].param_groups[0]["betas"] == (0.9, 0.97)
 
 
-@pytest.mark.parametrize("make", [lambda w: AdamW([{"params": w}], lr=0.1), lambda w: Muon([{"params": w}], lr=0.1)])
+@pytest.mark.parametrize(
+    "make", [lambda w: AdamW([{"params": w}], lr=0.1), lambda w: Muon([{"params": w}], lr=0.1)]
+)
 def test_an_optimizer_goes_on_from_its_saved_state(make: Callable[[list[Tensor]], torch.optim.Optimizer]):
     ours, others = twins((4, 3), dtype=torch.float32)
     whole, first = make(ours), make(others)

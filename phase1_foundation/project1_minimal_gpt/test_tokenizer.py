@@ -75,7 +75,11 @@ def test_text_that_streams_token_by_token_equals_the_decoded_whole(content: byte
 def test_a_character_streams_when_its_last_byte_is_there():
     assert list(stream_text(ByteTokenizer(), "aß🙂".encode())) == ["a", "", "ß", "", "", "", "🙂", ""]
     assert list(stream_text(ByteTokenizer(), "🙂".encode()[:3])) == ["", "", "", "�"]
-    assert list(stream_text(CharTokenizer.train(TEXT), CharTokenizer.train(TEXT).encode("世🙂"))) == ["世", "🙂", ""]
+    assert list(stream_text(CharTokenizer.train(TEXT), CharTokenizer.train(TEXT).encode("世🙂"))) == [
+        "世",
+        "🙂",
+        "",
+    ]
 
 
 # Files
@@ -109,7 +113,9 @@ def test_a_saved_tokenizer_loads_as_it_was(tokenizer: Tokenizer, tmp_path: Path)
         ('{"kind": "byte"}', "must be a CharTokenizer, not a ByteTokenizer"),
     ],
 )
-def test_a_file_that_is_no_tokenizer_of_this_kind_is_refused_in_words(content: str, message: str, tmp_path: Path):
+def test_a_file_that_is_no_tokenizer_of_this_kind_is_refused_in_words(
+    content: str, message: str, tmp_path: Path
+):
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):

@@ -278,7 +278,7 @@ def test_resuming_after_the_text_changed_is_refused_in_words(trained: Trained, t
     train.run(config)
     changed.write_text("Another text " * 100)
     config.train.resume = True
-    with pytest.raises(ValueError, match="must be the text that .* was trained on; its characters differ"):
+    with pytest.raises(ValueError, match=r"must be the text that .* was trained on; its characters differ"):
         train.run(config)
 
 

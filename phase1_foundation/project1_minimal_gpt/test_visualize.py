@@ -63,9 +63,10 @@ def test_distances_and_patterns_are_those_of_heads_made_by_hand():
     assert by_distance(looking_at(0, 0, 0, 0, 0), 2)[0, 0].tolist() == pytest.approx([0.2, 0.25, 1])
     assert by_distance(itself, 16).shape == (1, 1, 6)
     names = [name.replace("\n", " ") for name in PATTERNS]
-    for head, name in ((itself, "itself"), (before, "the one before"), (same, "same token"),
-                       (followed, "what followed that one"), (looking_at(0, 0, 0, 0, 0), "first of the text")):  # fmt: skip
-        assert by_pattern(head, ids)[0, 0, names.index(name)] == 1, name
+    by_hand = [itself, before, same, followed, looking_at(0, 0, 0, 0, 0)]
+    assert names == ["itself", "the one before", "same token", "what followed that one", "first of the text"]
+    for place, head in enumerate(by_hand):
+        assert by_pattern(head, ids)[0, 0, place] == 1, names[place]
     assert by_pattern(itself, ids)[0, 0].tolist() == [1, 0, 0, 0, 0]
 
 
@@ -91,15 +92,24 @@ def test_labels_that_would_overlap_are_moved_apart_and_others_stay():
 def test_every_token_gets_a_label_that_shows():
     tokenizer = CharTokenizer("".join(sorted("a\n\t $é世🙂\u200b")))
     labels = {char: label(tokenizer, tokenizer.ids[char]) for char in tokenizer.chars}
-    assert labels == {"a": "a", "\n": "↵", "\t": "⇥", " ": "␣", "$": r"\$", "é": "é", "世": "4e16", "🙂": "1f642",
-                      "\u200b": "200b"}  # fmt: skip
+    signs = {"a": "a", "\n": "↵", "\t": "⇥", " ": "␣", "$": r"\$", "é": "é"}
+    assert labels == signs | {"世": "4e16", "🙂": "1f642", "\u200b": "200b"}
     assert [label(ByteTokenizer(), byte) for byte in (65, 10, 0, 0xC3)] == ["A", "↵", "0", "c3"]
 
 
 def test_every_kind_of_character_is_told():
     tokenizer = CharTokenizer("aéBz3.\n🙂")
     kinds = [kind(tokenizer, token) for token in range(8)]
-    assert kinds == ["vowel", "consonant", "capital", "consonant", "digit", "punctuation", "whitespace", "other"]
+    assert kinds == [
+        "vowel",
+        "consonant",
+        "capital",
+        "consonant",
+        "digit",
+        "punctuation",
+        "whitespace",
+        "other",
+    ]
     assert kind(ByteTokenizer(), 0xC3) == "other"
 
 
@@ -131,7 +141,14 @@ def test_a_bad_input_gets_one_line_and_status_2_and_draws_nothing(
     flags: str, message: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     (tmp_path / "file").touch()
-    fixed = ["--checkpoint", str(trained.out / "model.pt"), "--out", str(tmp_path / "out"), "--prompt", "to be"]
+    fixed = [
+        "--checkpoint",
+        str(trained.out / "model.pt"),
+        "--out",
+        str(tmp_path / "out"),
+        "--prompt",
+        "to be",
+    ]
     monkeypatch.setattr(sys, "argv", ["visualize.py", *fixed, *flags.format(tmp=tmp_path).split()])
     with pytest.raises(SystemExit) as ended:
         visualize.main()

@@ -84,7 +84,8 @@ def run(config: Config) -> list[float]:
             row = {"step": state.step, "train_loss": losses[-1].item(), "lr": train.lr * share}
             state.seconds = time.perf_counter() - begin  # after item(), which waits for a GPU to be done
             row |= {"seconds": state.seconds, "tokens_per_second": state.step * x.numel() / state.seconds}
-            bar.set_postfix(loss=f"{row['train_loss']:.3f}", tokens_per_s=f"{row['tokens_per_second']:,.0f}")
+            numbers = {"loss": f"{row['train_loss']:.3f}", "tokens/s": f"{row['tokens_per_second']:,.0f}"}
+            bar.set_postfix(numbers, refresh=False)
             if evaluating:
                 row["val_loss"] = evaluate(state.model, data, device, dtype)
             log.add(**row)  # before save(): resuming drops a row too many, but cannot make up a lost one

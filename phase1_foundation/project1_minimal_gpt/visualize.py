@@ -163,7 +163,7 @@ def main_directions(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def spread_out(places: Tensor, least: float) -> Tensor:
-    """Return the places (N, 2), pushed apart where closer than `least` of the picture, so that labels show."""
+    """Return the places (N, 2), pushed apart where closer than `least` of the picture: all labels show."""
     size = (places.amax(dim=0) - places.amin(dim=0)).clamp(min=1e-9)
     places = places / size
     for _ in range(100):
