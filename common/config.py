@@ -18,10 +18,12 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import tyro
 import yaml
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]  # common.device says what they mean
 
 
 @dataclass

@@ -19,7 +19,7 @@ from typing import Any
 
 from common import downloads
 from common.downloads import DownloadError, save
-from common.files import DATA
+from common.files import DATA, shown
 from common.script import one_line
 
 SOURCES = ("auto", "local", "hub", "url", "package_index", "offline")
@@ -157,7 +157,9 @@ def _is_intact(path: Path, sha256: str | None) -> bool:
 
 
 def _found(name: str, path: Path, where: str, sha256: str | None) -> Path:
-    _say(f"{name}: {path.stat().st_size:,} bytes {where}{', SHA-256 checked' if sha256 else ''}: {path}")
+    _say(
+        f"{name}: {path.stat().st_size:,} bytes {where}{', SHA-256 checked' if sha256 else ''}: {shown(path)}"
+    )
     return path
 
 

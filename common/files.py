@@ -65,6 +65,12 @@ def make_folder(folder: Path | str) -> Path:
     return folder
 
 
+def shown(path: Path | str) -> str:
+    """Return the path as people like to read it: relative, if it is below the folder that they are in."""
+    path, here = Path(path).absolute(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
 def _umask() -> int:
     """Return the process's file mode mask, which can only be read by setting it."""
     mask = os.umask(0)

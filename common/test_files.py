@@ -12,7 +12,7 @@ import torch
 
 from common.checkpoints import load_checkpoint, load_weights, restore_random_states, save_checkpoint
 from common.device import cpu_multiplies_bf16, measure_matmul_rate, pick_device, pick_dtype, seed_everything
-from common.files import atomic_write, make_folder
+from common.files import atomic_write, make_folder, shown
 from common.plots import LossLog, plot_losses, read_csv
 from common.script import run_validation
 
@@ -71,6 +71,12 @@ def test_a_folder_without_the_right_to_write_is_named(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(PermissionError, match="nothing can be written there"):
         make_folder(tmp_path)
+
+
+def test_paths_are_shown_relative_where_that_is_shorter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shown(tmp_path / "a" / "b") == os.path.join("a", "b")
+    assert shown("/elsewhere/b") == os.path.abspath("/elsewhere/b")
 
 
 def make_checkpoint(path):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.device import DTYPES, measure_matmul_rate, pick_device, pick_dtype, seed_everything, synchronize
-from common.files import make_folder
+from common.files import make_folder, shown
 from common.plots import new_figure, save_figure
 from common.script import progress, script
 from phase1_foundation.project1_minimal_gpt.attention import CausalAttention
@@ -71,9 +71,8 @@ def run(config: BenchmarkConfig) -> list[Row]:
     attention = [row for name in precisions for row in time_attention(config, device, name)]
     print_attention(attention)
     draw(rows, attention, config)
-    print(
-        f"medians of {config.repeats} rounds, contestants in turn; chart written to {out / 'benchmark.png'}"
-    )
+    chart = shown(out / "benchmark.png")
+    print(f"medians of {config.repeats} rounds, contestants in turn; chart written to {chart}")
     return rows + attention
 
 
@@ -216,7 +215,8 @@ def attend_and_back(kind: str, inputs: tuple[Tensor, ...]) -> None:
 
 def print_models(rows: list[Row], rates: Mapping[str, float]) -> None:
     """Print training and generation; the ratio is to the peer of the same task and precision."""
-    print(f"\n{'':14}{'':6}{'':29}{'ms':>9}{'tokens/s':>11}{'of matmul rate':>16}{'speed / peer':>14}")
+    numbers = f"{'ms':>9}{'tokens/s':>11}{'of matmul rate':>16}{'speed / peer':>14}"
+    print(f"\n{'task':20}{'contestant':29}{numbers}")
     for row in rows:
         peer = next(r for r in rows if (r.task, r.precision, r.name) == (row.task, row.precision, PEER))
         share = row.speed * row.operations / rates[row.precision]

@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from common.config import BaseConfig
-from common.device import Precision
+from common.config import BaseConfig, Precision
 from common.files import CHECKPOINTS
 
 Source = Literal["auto", "local", "hub", "url", "package_index", "offline"]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from common.corpora import documents, load_corpus
+from common.files import shown
 from common.script import script
 from phase1_foundation.project1_minimal_gpt.config import TRAIN_COMMAND, DownloadConfig
 
@@ -11,7 +12,7 @@ def run(config: DownloadConfig) -> Path:
     """Fetch the corpus and return its file."""
     path = load_corpus(config.corpus, config.source)
     text = "\n".join(documents(path))
-    print(f"{path}: {len(text):,} characters, {len(set(text))} different; it begins:\n{text[:200]}")
+    print(f"{shown(path)}: {len(text):,} characters, {len(set(text))} different; it begins:\n{text[:200]}")
     print(f"next: {TRAIN_COMMAND}")
     return path
 

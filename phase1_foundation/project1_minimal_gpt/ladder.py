@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from common.device import pick_device, pick_dtype, seed_everything
-from common.files import atomic_write, make_folder
+from common.files import atomic_write, make_folder, shown
 from common.plots import new_figure, save_figure
 from common.script import progress, script
 from phase1_foundation.project1_minimal_gpt.attention import (
@@ -97,6 +98,7 @@ class Rung:
     name: str
     idea: str
     build: Callable[[], nn.Module]
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1.0  # times the ladder's; a table of log-odds has further to go than a network's weights
     parameters: int = 0
     seconds: float = 0.0
@@ -104,7 +106,7 @@ class Rung:
 
 
 def make_rungs(shape: GPTConfig, ids: Tensor) -> list[Rung]:
-    """Return the eight rungs, each one idea above the last; `ids` is the training part."""
+    """Return the nine rungs, each one idea above the last; `ids` is the training part."""
     heads, attention = shape.n_head, CausalAttention(shape.attention)
     counted = partial(CountedBigram, ids, shape.vocab_size)
     average = partial(OneMix, replace(shape, n_head=1), AverageOfThePast())
@@ -122,6 +124,7 @@ def make_rungs(shape: GPTConfig, ids: Tensor) -> list[Rung]:
         Rung("+ feed-forward", "think about what was found", thinking),
         Rung("+ residuals, LayerNorm", "add to the stream instead of replacing it", one_block),
         Rung(f"+ depth: {shape.n_layer} blocks", "look again, at what the others found", partial(GPT, shape)),
+        Rung("+ Muon", "the same network, better steps", partial(GPT, shape), optimizer="muon"),
     ]
 
 
@@ -132,7 +135,7 @@ def climb(rung: Rung, data: TextData, config: LadderConfig, device: torch.device
     rung.parameters = sum(weight.numel() for weight in model.parameters())
     begin = time.perf_counter()
     if rung.parameters:
-        how = TrainConfig(max_steps=config.steps, optimizer="adamw", lr=config.lr * rung.lr)
+        how = TrainConfig(max_steps=config.steps, optimizer=rung.optimizer, lr=config.lr * rung.lr)
         optimizers = make_optimizers(model, how)
         bar = progress(range(config.steps), desc=f"{rung.name:24}", leave=False)
         for step in bar:
@@ -164,7 +167,7 @@ def run(config: LadderConfig) -> list[Rung]:
         before = rung.val_loss
     write(rungs, config)
     print(f"losses are nats per character over the whole validation part; {config.steps} steps per rung")
-    print(f"written to {out}: ladder.csv, ladder.png; next: read model.py, then run train.py")
+    print(f"written to {shown(out)}: ladder.csv, ladder.png; next: read model.py, then run train.py")
     return rungs
 
 

@@ -29,8 +29,9 @@ def support(**settings: float | None) -> set[int]:
 def small_gpt() -> GPT:
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=12, n_layer=1, n_head=2, n_embd=16))
-    model.head.weight.data *= 6  # odds far from even
-    return model
+    for weight in model.parameters():
+        weight.data.normal_(0, 0.5)  # odds far from even
+    return model.eval()
 
 
 # Odds
@@ -135,7 +136,10 @@ def test_temperature_0_always_takes_the_likeliest_of_the_last_block_size_tokens(
     for token in generate(model, [3], 30, temperature=0, seed=1):
         assert token == model(torch.tensor([ids[-8:]]))[0, -1].argmax()
         ids.append(token)
+    seen: list[list[int]] = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].tolist()))
     assert list(generate(model, [3], 30, temperature=0, seed=2)) == ids[1:]
+    assert seen == [ids[max(0, end - 8) : end] for end in range(1, 31)]
     assert list(generate(model, [3], 30, temperature=2.0, top_k=1)) == ids[1:]
 
 

@@ -62,7 +62,7 @@ def test_no_rung_sees_the_future():
     torch.manual_seed(0)
     tokens = torch.randint(9, (1, 8))
     rungs = make_rungs(GPTConfig(block_size=8, vocab_size=9, n_layer=2, n_head=4, n_embd=16), torch.arange(9))
-    assert len(rungs) == 8
+    assert len(rungs) == 9
     for rung in rungs:
         model = rung.build().eval()
         logits = model(tokens)

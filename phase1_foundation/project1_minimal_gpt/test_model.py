@@ -290,7 +290,7 @@ def as_in_hugging_face(model: GPT, of_grads: bool = False) -> dict[str, Tensor]:
 
 
 def interact() -> None:
-    """Show the ten likeliest next characters of the typed text, and how the model would go on."""
+    """Show the ten likeliest next characters of the typed text."""
     model, tokenizer = load_gpt(CHECKPOINT)
     for text in ask("text> "):
         ids = torch.tensor([tokenizer.encode(text)[-model.config.block_size :]])

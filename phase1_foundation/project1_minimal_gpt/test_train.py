@@ -126,6 +126,22 @@ def test_each_precision_and_tokenizer_and_optimizer_trains(precision: str, text_
     config = tiny_config(text_file, tmp_path, precision=precision, max_steps=30, sample_tokens=0, **other)
     losses = train.run(config)
     assert sum(losses[-5:]) / 5 < losses[0] - 0.7
+    scaler = checkpoint(tmp_path)["scaler"]
+    assert bool(scaler) == (precision == "fp16")
+    if scaler:
+        config.train.max_steps, config.train.resume = 35, True
+        train.run(config)
+        assert checkpoint(tmp_path)["scaler"]["_growth_tracker"] == scaler["_growth_tracker"] + 5
+
+
+def test_model_pt_is_the_best_so_far_and_last_pt_the_last(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    val_losses = iter([2.0, 1.0, 3.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(val_losses))
+    train.run(tiny_config(text_file, tmp_path, max_steps=6, eval_interval=2))
+    assert [checkpoint(tmp_path, name)["iter"] for name in ("model.pt", "last.pt")] == [4, 6]
+    assert checkpoint(tmp_path)["best"] == 1.0
 
 
 # Interruptions

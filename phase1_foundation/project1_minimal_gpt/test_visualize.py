@@ -94,7 +94,7 @@ def test_every_token_gets_a_label_that_shows():
     labels = {char: label(tokenizer, tokenizer.ids[char]) for char in tokenizer.chars}
     signs = {"a": "a", "\n": "↵", "\t": "⇥", " ": "␣", "$": r"\$", "é": "é"}
     assert labels == signs | {"世": "4e16", "🙂": "1f642", "\u200b": "200b"}
-    assert [label(ByteTokenizer(), byte) for byte in (65, 10, 0, 0xC3)] == ["A", "↵", "0", "c3"]
+    assert [label(ByteTokenizer(), byte) for byte in (65, 10, 13, 0, 0xC3)] == ["A", "↵", "0d", "00", "c3"]
 
 
 def test_every_kind_of_character_is_told():

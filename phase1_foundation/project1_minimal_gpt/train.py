@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from common.checkpoints import load_checkpoint, load_weights, restore_random_states, save_checkpoint
 from common.corpora import load_corpus
 from common.device import measure_matmul_rate, pick_device, pick_dtype, seed_everything, synchronize
-from common.files import make_folder
+from common.files import make_folder, shown
 from common.plots import LossLog, plot_losses, read_csv
 from common.script import StopRequest, progress, script
 from phase1_foundation.project1_minimal_gpt.config import TRAIN_COMMAND, Config
@@ -257,7 +257,7 @@ def predict_step_seconds(config: Config, data: TextData, model: GPT, dtype: torc
     optimizers = make_optimizers(trial, config.train)
     x, y = data.batch(0, device)
     times = []
-    for _ in range(4):
+    for _ in range(8):
         start = time.perf_counter()
         train_step(trial, optimizers, x, y, dtype)
         synchronize(device)
@@ -287,7 +287,7 @@ def finish(config: Config, state: Run) -> None:
         f"trained {state.step:,} of {config.train.max_steps:,} steps in {state.seconds:.1f} s; "
         f"best validation loss {state.best:.4f}"
     )
-    print(f"written to {out}: model.pt (best), last.pt (to --resume), losses.csv, loss.png")
+    print(f"written to {shown(out)}: model.pt (best), last.pt (to --resume), losses.csv, loss.png")
     if state.step < config.train.max_steps:
         print(f"stopped early; go on with: {TRAIN_COMMAND} --resume and the same flags")
     print(f"next: {TRAIN_COMMAND.replace('train.py', 'generate.py')} --interactive")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from common.files import make_folder
+from common.files import make_folder, shown
 from common.plots import new_figure, save_figure
 from common.script import script
 from phase1_foundation.project1_minimal_gpt.attention import CausalAttention, explicit_attention
@@ -53,7 +53,8 @@ class RecordingAttention(CausalAttention):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Mix (B, H, T, D); mixing the unit vectors instead of values gives the weights themselves."""
         B, H, T, _ = q.shape
-        self.weights.append(explicit_attention(q, k, torch.eye(T).expand(B, H, T, T)))
+        unit = torch.eye(T, dtype=q.dtype, device=q.device).expand(B, H, T, T)
+        self.weights.append(explicit_attention(q, k, unit))
         return self.weights[-1] @ v
 
 
@@ -89,7 +90,7 @@ def run(config: VisualizeConfig) -> list[Path]:
         "the tokens on the two main directions of their embeddings",
     )
     for path, what in zip(paths, described, strict=True):
-        print(f"{path}: {what}")
+        print(f"{shown(path)}: {what}")
     return paths
 
 
@@ -103,8 +104,8 @@ def label(tokenizer: Tokenizer, token: int) -> str:
         char = content.decode("utf-8")
     except UnicodeDecodeError:
         return content.hex()
-    signs = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍", "$": r"\$"}  # a lone $ would begin a formula
-    return signs.get(char) or (char if char.isprintable() and has_glyph(char) else f"{ord(char):x}")
+    signs = {" ": "␣", "\n": "↵", "\t": "⇥", "$": r"\$"}  # a lone $ would begin a formula
+    return signs.get(char) or (char if char.isprintable() and has_glyph(char) else f"{ord(char):02x}")
 
 
 def has_glyph(char: str) -> bool:

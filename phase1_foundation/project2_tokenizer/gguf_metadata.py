@@ -13,6 +13,7 @@ SCALARS = dict(
     zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True)
 )  # [1]'s types, struct's letters
 STRING, ARRAY = 8, 9
+MAX_NAME = 100  # letters; [1] allows tensors 64, and no fact in use has more
 MAX_HEAD = 2**26  # bytes; the largest vocabularies take a quarter of it
 
 
@@ -56,6 +57,13 @@ class Head:
         except UnicodeDecodeError:
             raise ValueError(f"{what} ({content[:40]!r}) must be UTF-8") from None
 
+    def name(self) -> str:
+        """Return the next string, which names something, and so is short and fit to be printed."""
+        name = self.string("name")
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise ValueError(f"name ({name[:MAX_NAME]!r}) must be at most {MAX_NAME} printable characters")
+        return name
+
     def value(self, kind: int, what: str) -> Any:
         """Return the next value: a number, a truth value, a string, or a list of those."""
         if kind in SCALARS:
@@ -92,7 +100,7 @@ def read_facts(head: Head) -> tuple[int, dict[str, Any]]:
         raise ValueError(f"version ({version}) must be 2 or 3")
     facts: dict[str, Any] = {}
     for _ in range(count):
-        name = head.string("name")
+        name = head.name()
         if name in facts:
             raise ValueError(f"name ({name}) must stand once")
         (kind,) = head.unpack("I", name)

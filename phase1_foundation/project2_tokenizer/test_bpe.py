@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from common.script import ask, run_validation
-from phase1_foundation.project2_tokenizer import bpe
+from phase1_foundation.project2_tokenizer import bpe, patterns
 from phase1_foundation.project2_tokenizer.benchmark import hugging_face, hugging_face_merges
 from phase1_foundation.project2_tokenizer.bpe import BPETokenizer, merge_ranked
 from phase1_foundation.project2_tokenizer.patterns import GPT2, PATTERNS
@@ -205,6 +205,21 @@ def test_of_overlapping_special_tokens_the_longest_is_meant():
     assert tokenizer.encode("<|end|>" * 3, "all") == [twice, end]
     assert tokenizer.encode("<|end|>" * 3, ["<|end|>"]) == [end] * 3
     assert list(split_special("abcd", ["ab", "abc", "d"])) == [("abc", True), ("d", True)]
+
+
+def test_a_text_without_special_tokens_is_searched_for_them_once(monkeypatch: pytest.MonkeyPatch):
+    searched = 0
+
+    class Counting:
+        def finditer(self, text: str, start: int, stop: int) -> list:
+            nonlocal searched
+            searched += stop - start
+            return []
+
+    monkeypatch.setattr(patterns, "special_pattern", lambda names: Counting())
+    text = "no special token here " * 10_000
+    assert len(list(PATTERNS["gpt4"].blocks([text], SPECIAL))) > 10
+    assert searched < 1.1 * len(text)  # not, for each block, as far as the end of the text
 
 
 @pytest.mark.parametrize(

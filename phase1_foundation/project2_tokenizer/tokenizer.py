@@ -68,9 +68,8 @@ class Tokenizer(Protocol):
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer to a JSON file."""
-        from phase1_foundation.project2_tokenizer.token_file import (
-            save_tokenizer,
-        )  # which imports this module
+        # Here, not above: token_file imports this module.
+        from phase1_foundation.project2_tokenizer.token_file import save_tokenizer
 
         save_tokenizer(self, path)
 
@@ -89,13 +88,12 @@ class ChunkCache(dict[str, tuple[int, ...]]):
     """The ids of chunks, found by a function when they are first asked for, and remembered.
 
     PAPER: [3] the n-th most frequent word of a text occurs about 1/n times as often as the first.
-    PAPER CONTEXT: So a few thousand words make up most of any text, in any language.
+    PAPER CONTEXT: So a few thousand words make up most of a text, in almost any language.
     INTUITION: Who has spelled "the" once need not spell it again.
     IMPLEMENTATION: Python calls __missing__ only for a key that is not there; any other costs one look-up, in
         C. A full cache is emptied: what is frequent is soon back. Long chunks are rare and not kept, so that
         the bound on entries bounds the memory.
-    WHY: With it BPE encodes text about as fast as the pattern cuts it; the merges of a chunk take 50 times as
-        long as looking it up.
+    WHY: To merge the bytes of a chunk takes about a hundred times as long as to look its ids up.
     """
 
     def __init__(
