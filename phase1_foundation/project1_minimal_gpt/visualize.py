@@ -185,8 +185,8 @@ def draw_attention(weights: Tensor, labels: list[str], path: Path) -> None:
     figure, axes = new_figure(n_layer, n_head, n_head * side, n_layer * side + 0.5)
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     for place, panel in enumerate(panels(axes)):
-        shown = weights[place // n_head, place % n_head].sqrt().masked_fill(future, float("nan"))
-        panel.imshow(shown.numpy(), cmap="magma_r", vmin=0, vmax=1)
+        shades = weights[place // n_head, place % n_head].sqrt().masked_fill(future, float("nan"))
+        panel.imshow(shades.numpy(), cmap="magma_r", vmin=0, vmax=1)
         panel.grid(visible=False)
         panel.set_facecolor("#f2f2f2")
         panel.set_title(f"layer {place // n_head + 1}, head {place % n_head + 1}", fontsize=9)
