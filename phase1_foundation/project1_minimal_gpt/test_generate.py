@@ -3,6 +3,7 @@
 import io
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -266,16 +267,10 @@ def damaged(trained: Trained, tmp_path: Path) -> Path:
     ],
 )
 def test_a_bad_input_gets_one_line_and_status_2_and_no_text(
-    flags: str, message: str, asked: GenerateConfig, damaged: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    flags: str, message: str, asked: GenerateConfig, damaged: Path, refusal: Callable
 ):
     words = flags.format(folder=damaged).split()
-    monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", str(asked.checkpoint), *words])
-    with pytest.raises(SystemExit) as ended:
-        script.main()
-    printed = capsys.readouterr()
-    assert ended.value.code == 2
-    assert printed.err.startswith("error: ")
-    assert printed.err.count("\n") == 1
+    printed = refusal(script.main, "--checkpoint", str(asked.checkpoint), *words)
     assert message in printed.err
     assert printed.out == ""
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -245,7 +246,7 @@ def test_resuming_a_finished_run_changes_nothing(trained: Trained, text_file: Pa
     ],
 )
 def test_a_bad_input_gets_one_line_and_status_2_and_writes_nothing(
-    flags: str, message: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    flags: str, message: str, text_file: Path, tmp_path: Path, refusal: Callable
 ):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("To be, or not to be")
@@ -254,14 +255,7 @@ def test_a_bad_input_gets_one_line_and_status_2_and_writes_nothing(
     config = tiny_config(text_file, tmp_path / "out")
     fixed = [f"--{name}={value}" for name, value in config.to_dict().items() if name in
              ("data", "out", "block_size", "n_layer", "n_head", "n_embd", "max_steps")]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["train.py", *fixed, *flags.format(tmp=tmp_path).split()])
-    with pytest.raises(SystemExit) as ended:
-        train.main()
-    error = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    assert message in refusal(train.main, *fixed, *flags.format(tmp=tmp_path).split()).err
     assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "out"] == there
     assert not list((tmp_path / "out").glob("*"))
 

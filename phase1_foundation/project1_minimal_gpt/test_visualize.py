@@ -1,6 +1,6 @@
 """Checks of what visualize.py shows. --interactive draws the attention maps of the text you type."""
 
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,25 +138,11 @@ def test_all_pictures_are_drawn(trained: Trained, tmp_path: Path):
     ],
 )
 def test_a_bad_input_gets_one_line_and_status_2_and_draws_nothing(
-    flags: str, message: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    flags: str, message: str, trained: Trained, tmp_path: Path, refusal: Callable
 ):
     (tmp_path / "file").touch()
-    fixed = [
-        "--checkpoint",
-        str(trained.out / "model.pt"),
-        "--out",
-        str(tmp_path / "out"),
-        "--prompt",
-        "to be",
-    ]
-    monkeypatch.setattr(sys, "argv", ["visualize.py", *fixed, *flags.format(tmp=tmp_path).split()])
-    with pytest.raises(SystemExit) as ended:
-        visualize.main()
-    error = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    fixed = [f"--checkpoint={trained.out / 'model.pt'}", f"--out={tmp_path / 'out'}", "--prompt=to be"]
+    assert message in refusal(visualize.main, *fixed, *flags.format(tmp=tmp_path).split()).err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

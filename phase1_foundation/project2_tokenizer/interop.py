@@ -56,6 +56,7 @@ CUTS: dict[str, tuple[str | None, list[str]]] = {
 GGUF_PRE = {  # llama.cpp's names: (pattern, whether a chunk that is a token needs no merges)
     "gpt-2": ("gpt2", False),
     "gpt-4o": ("o200k", False),
+    "dbrx": ("gpt4", False),
     "llama-bpe": ("gpt4", True),
     "qwen2": ("qwen2", False),
     "smollm": ("smollm", False),
@@ -68,7 +69,7 @@ KNOWN: dict[str, tuple[str, str, dict[str, int]]] = {
     "smollm2": ("smollm2-135m", "", {}),
 }
 VISIBLE = 188  # of the 256 bytes, that many are letters or signs in Latin-1
-CONTROL, USER_DEFINED = 3, 4  # the types of a GGUF file's special tokens
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens in a GGUF file: special ones, and rows without a token
 # what a tokenizer.json may say of its model, as we say it and in other ways
 MODEL: dict[str, tuple[Any, ...]] = {
     "type": ("BPE",),
@@ -266,6 +267,7 @@ def load_gguf(path: str | Path, pattern: str | None = None) -> BPETokenizer:
         if not len(ids) == len(tokens) == len(types):
             counts = f"{len(ids)} different ones of {len(tokens)}"
             raise ValueError(f"tokens ({counts}) must be as many as types ({len(types)})")
+        ids = {text: i for text, i in ids.items() if types[i] != UNUSED}
         special = {text: i for text, i in ids.items() if types[i] in (CONTROL, USER_DEFINED)}
         pairs = [str(merge).split(" ") for merge in merges]
         return _build(ids, pairs, special, pattern or cut, ignore_merges)
