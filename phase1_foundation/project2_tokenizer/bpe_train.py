@@ -1,4 +1,4 @@
-"""Learning the merges of byte-pair encoding: first as it is meant, then the same a thousand times faster.
+"""Learning the merges of byte-pair encoding: first as it is meant, then with a thousandth of the work.
 
 PAPERS
   [1] A New Algorithm for Data Compression, Gage, 1994 (The C Users Journal 12(2))

@@ -69,7 +69,11 @@ KNOWN: dict[str, tuple[str, str, dict[str, int]]] = {
     "smollm2": ("smollm2-135m", "", {}),
 }
 VISIBLE = 188  # of the 256 bytes, that many are letters or signs in Latin-1
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens in a GGUF file: special ones, and rows without a token
+CONTROL, USER_DEFINED, UNUSED = (
+    3,
+    4,
+    5,
+)  # types of tokens in a GGUF file: special ones, and rows without a token
 # what a tokenizer.json may say of its model, as we say it and in other ways
 MODEL: dict[str, tuple[Any, ...]] = {
     "type": ("BPE",),
