@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 from tqdm import tqdm
 
@@ -29,7 +29,9 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
             sys.stdout.flush()
-        except BrokenPipeError:
+        except BrokenPipeError as error:
+            if _stdout_is_open():  # then it was another pipe that broke, such as one to a worker
+                _end(error)
             os.dup2(
                 os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
             )  # or the exit itself writes, and fails
@@ -38,12 +40,26 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
         except (ValueError, OSError) as error:
-            if os.environ.get("LLM_COURSE_TRACEBACK"):
-                raise
-            print(f"error: {one_line(error)}", file=sys.stderr)
-            sys.exit(BAD_INPUT)
+            _end(error)
 
     return wrapped
+
+
+def _end(error: Exception) -> NoReturn:
+    """Print the error as one line and exit; called while the error is being handled."""
+    if os.environ.get("LLM_COURSE_TRACEBACK"):
+        raise error
+    print(f"error: {one_line(error)}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def _stdout_is_open() -> bool:
+    """Say whether somebody still reads what we print."""
+    try:
+        print(flush=True)  # only writing tells
+    except BrokenPipeError:
+        return False
+    return True
 
 
 def one_line(error: BaseException) -> str:

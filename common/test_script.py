@@ -18,6 +18,7 @@ from common.script import StopRequest, ask, one_line, progress, run_validation, 
         (ValueError("n (1)\nmust be 2"), 2, "error: n (1) must be 2\n"),
         (FileNotFoundError("make it with: x"), 2, "error: make it with: x\n"),
         (PermissionError(13, "Permission denied", "/x"), 2, "error: /x: Permission denied\n"),
+        (BrokenPipeError(32, "Broken pipe"), 2, "error: Broken pipe\n"),  # of a worker, as stdout is whole
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
