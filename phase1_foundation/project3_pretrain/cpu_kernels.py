@@ -107,18 +107,20 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
 
 def suits_blocked_attention(q: Tensor, dropout: float) -> bool:
-    """Say whether blocked_attention beats torch's fused kernel here; beyond LONGEST it would take much memory."""
+    """Say whether blocked_attention beats torch's fused kernel here; beyond LONGEST it takes much memory."""
     return q.is_cpu and not dropout and 1 < q.shape[2] <= LONGEST and not torch.compiler.is_compiling()
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         T, D = q.shape[-2:]
         q = (q * D**-0.5).unflatten(1, (k.shape[1], -1))  # (B, Hkv, H / Hkv, T, D)
         mixed, kept = torch.empty_like(q), []
         for begin, end in _blocks(q):
-            scores = _rows(q, begin, end) @ k[..., :end, :].mT  # of all queries that share keys, one below the other
+            scores = (
+                _rows(q, begin, end) @ k[..., :end, :].mT
+            )  # of all queries that share keys, one below the other
             scores = scores.unflatten(2, (-1, end - begin))  # (B, Hkv, H / Hkv, rows, end)
             if mask is None:
                 future = torch.full((end - begin, end - begin), float("-inf"), dtype=q.dtype).triu_(1)
@@ -133,7 +135,7 @@ class _BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         grad, D = grad.unflatten(1, (k.shape[1], -1)), q.shape[-1]
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -422,9 +422,14 @@ def test_the_fast_linear_layer_is_a_linear_layer(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("H", "Hkv"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("length", [1, 60, 130, 300])
 def test_blocked_attention_is_attention_with_its_gradients(H: int, Hkv: int, length: int):
-    q, k, v = (torch.randn(2, heads, length, 8, dtype=torch.float64, requires_grad=True) for heads in (H, Hkv, Hkv))
+    q, k, v = (
+        torch.randn(2, heads, length, 8, dtype=torch.float64, requires_grad=True) for heads in (H, Hkv, Hkv)
+    )
     documents = DocumentAttention(torch.randint(2, (2, length)).sort(dim=1).values)
-    for bias, allowed in ((None, torch.ones(length, length).tril().bool()), (documents.bias(q.dtype), documents.allowed)):
+    for bias, allowed in (
+        (None, torch.ones(length, length).tril().bool()),
+        (documents.bias(q.dtype), documents.allowed),
+    ):
         results = []
         for mixed in (
             blocked_attention(q, k, v, bias),

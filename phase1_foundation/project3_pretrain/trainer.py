@@ -68,7 +68,7 @@ class Step(NamedTuple):
 class Trainer:
     """Train a model so that it does not matter how a batch is cut up, nor where a run was interrupted.
 
-    PAPER: [2] Sec. 2.3 and App. B: the recipe (warm-up, clipping, Adam, decay); [1] Sec. 3.1 and 3.2 for fp16.
+    PAPER: [2] Sec. 2.3 and App. B: the recipe, warm-up, clipping, Adam, decay; [1] Sec. 3.1 and 3.2: fp16.
     PAPER CONTEXT: Project 1 has the recipe in one screen. A run of days on machines that fail needs more: to
         go on from where it was, to be stopped, to survive a bad batch, and to use all processors there are.
     INTUITION: A marathon is planned so that any runner can take over at any kilometre stone.
