@@ -6,7 +6,7 @@ help:       ## show this list
 	@grep -E '^[a-z]+: ' Makefile | sed 's/:.*##/\t/'
 setup:      ## install everything into .venv
 	uv sync
-test:       ## the tests, about a minute
+test:       ## the tests, about two minutes
 	uv run pytest
 slow:       ## the tests that compute for minutes
 	uv run pytest -m "slow and not gpu"
