@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 LEARNING = 2**21  # multiplications in a product below which a detour through Python costs more than it gains
-WRITING = 2**17  # the same where no gradient is wanted
+WRITING = 2**19  # the same where no gradient is wanted
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # which torch knows by an older name
 LONGEST = 1024  # tokens whose attention weights are kept for the backward pass
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
-    x = x.to(torch.promote_types(x.dtype, weight.dtype))
-    if x.is_cpu and torch.is_grad_enabled() and x.dtype == weight.dtype and not torch.compiler.is_compiling():
+    if x.dtype != weight.dtype:  # torch's fused kernel wants them equal
+        x = x.to(torch.promote_types(x.dtype, weight.dtype))
+    if torch.is_grad_enabled() and x.is_cpu and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return torch.rms_norm(x, weight.shape, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -59,11 +61,9 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         learn = torch.is_grad_enabled()
-        if torch.is_autocast_enabled("cpu") or not _by_onednn(x, self.weight, LEARNING if learn else WRITING):
-            return super().forward(x)
-        if learn:
-            return _Linear.apply(x, self.weight, self.bias)
-        return matmul_transposed(x, self.weight, self.bias)
+        if _by_onednn(x, self.weight, LEARNING if learn else WRITING) and not torch.is_autocast_enabled("cpu"):
+            return (_Linear.apply if learn else _onednn)(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 class _Linear(torch.autograd.Function):
@@ -71,7 +71,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return matmul_transposed(x, weight, bias)
+        return _onednn(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -85,17 +85,19 @@ class _Linear(torch.autograd.Function):
 
 def matmul_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x @ weight^T + bias, by the library that is faster here."""
-    if _by_onednn(x, weight, WRITING):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    return _onednn(x, weight, bias) if _by_onednn(x, weight, WRITING) else F.linear(x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _by_onednn(x: Tensor, weight: Tensor, least: int) -> bool:
     return (
-        x.is_cpu
+        x.numel() * weight.shape[0] >= least
+        and x.is_cpu
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() * len(weight) >= least
-        and torch.backends.mkldnn.is_available()
+        and HAS_ONEDNN
         and not torch.compiler.is_compiling()
     )
 

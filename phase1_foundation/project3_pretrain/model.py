@@ -62,7 +62,7 @@ class Block(nn.Module):
         self.norm2 = make_norm(config)
         kind = SwiGLU if config.mlp == "swiglu" else FeedForward
         self.feed_forward = kind(config.n_embd, config.mlp_width, config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
             self.position_embedding = make_embedding(config.block_size, config.n_embd)
         else:
             self.rope = RotaryEmbedding(config.head_width, config.block_size, config.rope_theta)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
