@@ -45,13 +45,14 @@ def drive(steps: int, pairs: list[tuple[torch.optim.Optimizer, list[Tensor]]]) -
 # AdamW
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_adamw_is_that_of_torch_over_many_steps(weight_decay: float):
+def test_adamw_is_that_of_torch_over_many_steps(weight_decay: float, fused: bool):
     ours, theirs = twins((4, 5), (7,), (2, 3, 4))
     lr, betas = 3e-3, (0.9, 0.95)
     groups = [{"params": ours, "weight_decay": weight_decay}]
     reference = torch.optim.AdamW(theirs, lr=lr, betas=betas, eps=1e-8, weight_decay=weight_decay)
-    drive(300, [(AdamW(groups, lr=lr, betas=betas), ours), (reference, theirs)])
+    drive(300, [(AdamW(groups, lr=lr, betas=betas, fused=fused), ours), (reference, theirs)])
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # 300 roundings of 1e-16, and room
 

@@ -497,7 +497,11 @@ def test_a_vocabulary_comes_back_out_of_a_gguf_file(pre: str, pattern: str, tmp_
     ("pre", "changed", "message"),
     [
         ("gpt-2", {"model": "llama"}, r"tokenizer.ggml.model \('llama'\) must be gpt2"),
-        ("chameleon", {}, r"tokenizer.ggml.pre \('chameleon'\) must be one of gpt-2, gpt-4o, dbrx, llama-bpe"),
+        (
+            "chameleon",
+            {},
+            r"tokenizer.ggml.pre \('chameleon'\) must be one of gpt-2, gpt-4o, dbrx, llama-bpe",
+        ),
         (None, {}, r"tokenizer.ggml.pre \(None\) must be one of"),
         (["gpt-2"], {}, r"tokenizer.ggml.pre \(\['gpt-2'\]\) must be one of"),
         ("gpt-2", {"types": [1]}, r"must be as many as types \(1\)"),

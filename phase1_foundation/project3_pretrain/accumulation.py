@@ -74,7 +74,7 @@ def split_rows(batch: Any, rows: int) -> list[Any]:
     return [each_tensor(batch, lambda tensor, i=i: tensor[i : i + rows]) for i in begins]  # type: ignore[misc]
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device | str) -> Any:
     """Return a batch on a device."""
     return each_tensor(batch, lambda tensor: tensor.to(device, non_blocking=True))
 

@@ -88,7 +88,7 @@ def time_training(config: BenchmarkConfig, device: torch.device, precision: str)
 
 def our_step(model: Decoder, tokens: Tensor, dtype: torch.dtype) -> Callable[[], object]:
     """Return a step: chunked loss, clipping, this course's AdamW."""
-    (optimizer,) = make_optimizers(model, OptimizerConfig(optimizer="adamw", lr=1e-4))
+    (optimizer,) = make_optimizers(model, OptimizerConfig(optimizer="adamw", lr=1e-4), fused=True)
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     weights = list(model.parameters())
 

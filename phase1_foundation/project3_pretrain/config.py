@@ -108,6 +108,7 @@ class TrainConfig(OptimizerConfig):
     eval_interval: int = 100  # steps between evaluations; each also saves and samples
     eval_batches: int = 16  # batches of each evaluation
     keep: int = 2  # newest checkpoints to keep beside the best; 0: all
+    patience: int = 0  # evaluations in a row without a lower validation loss that end a run; 0: none do
     spike_sigmas: float = 6.0  # skip an update that stands out by so many standard deviations; 0: none
     log: Literal["csv", "tensorboard", "wandb"] = "csv"  # where numbers go beside losses.csv and loss.png
     parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes: each has all weights, or a part of each
@@ -123,7 +124,7 @@ class TrainConfig(OptimizerConfig):
         """Raise ValueError for settings that cannot train."""
         super().validate_config()
         self.require_at_least(1, "eval_interval", "eval_batches")
-        self.require_at_least(0, "micro_batch_size", "keep", "spike_sigmas", "seed")
+        self.require_at_least(0, "micro_batch_size", "keep", "patience", "spike_sigmas", "seed")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction ({self.decay_fraction}) must be between 0 and 1")
         if self.resume and self.overwrite:

@@ -12,7 +12,7 @@ SYMBOLS
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -173,15 +173,17 @@ class ParallelModel:
             self.wrapper.set_requires_gradient_sync(last)
         return nullcontext()
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the whole state_dict on the CPU of the first process; every process must call it."""
-        return self._collect(self.model.state_dict(keep_vars=True))
+    def weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Return the whole state_dict, or these of it, on the first process's CPU; all must call it."""
+        state = self.model.state_dict(keep_vars=True)
+        return self._collect({name: state[name] for name in (state if names is None else names)})
 
-    def load_weights(self, state: dict[str, Tensor], path: Any) -> None:
-        """Give this process its part of a whole state_dict. ValueError, naming `path`, if it does not fit."""
+    def load_weights(self, state: dict[str, Tensor], path: Any, names: Collection[str] | None = None) -> None:
+        """Give this process its part of what weights() returned. ValueError, naming `path`, if it does not fit."""
         own = self.model.state_dict()
         parts = {name: scatter(value, own[name]) if name in own else value for name, value in state.items()}
-        load_weights(self.model, parts, path)
+        others = {} if names is None else {name: own[name] for name in own.keys() - set(names)}
+        load_weights(self.model, others | parts, path)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's whole state on the CPU of the first process, as if that were the only one."""

@@ -27,14 +27,15 @@ MAX_SIZE = 2**24  # of anything in a config that a stranger wrote
 MAX_POSITIONS = 2**20  # a table of which is made before any weight is read
 MODULES: dict[str, dict[str, str]] = {  # names of our modules: theirs; those of a block without its prefix
     "gpt2": {
-        "token_embedding": "transformer.wte", "position_embedding": "transformer.wpe", "norm": "transformer.ln_f",  # noqa: E501
-        "head": "lm_head", "blocks": "transformer.h", "norm1": "ln_1", "attention.qkv": "attn.c_attn",
-        "attention.proj": "attn.c_proj", "norm2": "ln_2", "feed_forward.up": "mlp.c_fc",
-        "feed_forward.down": "mlp.c_proj",
+        "token_embedding": "transformer.wte", "position_embedding": "transformer.wpe",
+        "norm": "transformer.ln_f", "head": "lm_head", "blocks": "transformer.h", "norm1": "ln_1",
+        "attention.qkv": "attn.c_attn", "attention.proj": "attn.c_proj", "norm2": "ln_2",
+        "feed_forward.up": "mlp.c_fc", "feed_forward.down": "mlp.c_proj",
     },
     "llama": {
-        "token_embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "blocks": "model.layers",  # noqa: E501
-        "norm1": "input_layernorm", "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "token_embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
+        "blocks": "model.layers", "norm1": "input_layernorm",
+        "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
         "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm",
         "attention.proj": "self_attn.o_proj", "norm2": "post_attention_layernorm",
         "feed_forward.gate_up": "mlp.gate_proj mlp.up_proj", "feed_forward.down": "mlp.down_proj",

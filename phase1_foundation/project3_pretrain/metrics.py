@@ -108,8 +108,13 @@ class Journal:
         full_speed: float,
         title: str,
         silent: bool = False,
+        unit: str = "nats per token",
     ) -> None:
-        """Open it for steps `first` to `last`; `full_speed` is the tokens per second of full utilization."""
+        """Open it for steps `first` to `last`; `full_speed` is the tokens per second of full utilization.
+
+        `unit` is that of the loss; its last word is what add() counts. Only tokens have a utilization.
+        """
+        self.unit, self.counted = unit, unit.split()[-1]
         self.out, self.steps, self.full_speed, self.title, self.silent = (
             out,
             last - first,
@@ -143,10 +148,12 @@ class Journal:
             typical = statistics.median(self.times[1:])  # the first compiles, allocates and warms up
             self.predicted = sum(self.times) + typical * (self.steps - WARM_UP)
             self.say(f"prediction  {self.steps:,} steps in {self.predicted:,.0f} s, evaluations not counted")
-        values |= {"tokens_per_second": speed, "utilization": speed / self.full_speed}
+        if self.counted == "token":
+            values |= {"tokens_per_second": speed, "utilization": speed / self.full_speed}
         self.csv.add(step=step, **values)
         self.send(step, {name: value for name, value in values.items() if value is not None})
-        self.bar.set_postfix(loss=f"{values['train_loss']:.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
+        told = {"loss": f"{values['train_loss']:.3f}", f"{self.counted}s_per_s": f"{speed:,.0f}"}
+        self.bar.set_postfix(told, refresh=False)
         self.bar.update()
 
     def summary(self) -> str:
@@ -157,7 +164,8 @@ class Journal:
         if self.predicted and len(self.times) == self.steps:
             line += f", predicted {self.predicted:.1f} s"
         speed = statistics.median(self.speeds)
-        return f"{line}; {speed:,.0f} tokens/s, utilization {speed / self.full_speed:.1%}"
+        line += f"; {speed:,.0f} {self.counted}s/s"
+        return f"{line}, utilization {speed / self.full_speed:.1%}" if self.counted == "token" else line
 
     def draw(self) -> None:
         """Draw losses.csv to loss.png; within a run not more often than twice a minute."""
@@ -169,7 +177,7 @@ class Journal:
             points = [(float(row["step"]), float(row[column])) for row in rows if row[column]]
             if points:
                 curves[name] = ([step for step, _ in points], [loss for _, loss in points])
-        plot_losses(self.out / "loss.png", curves, self.title)
+        plot_losses(self.out / "loss.png", curves, self.title, y=f"loss ({self.unit})")
 
     def __enter__(self) -> Self:
         return self

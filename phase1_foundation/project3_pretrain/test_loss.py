@@ -145,6 +145,19 @@ def test_under_autocast_the_sum_stays_float32_and_near():
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
+def test_in_fp16_the_heads_gradient_does_not_overflow_however_many_tokens_there_are():
+    """Each token adds 40 / 2: all 4,096 at once would be 81,920, which fp16 does not have."""
+    hidden, weight = torch.full((4096, 8), 40.0), torch.zeros(2, 8, requires_grad=True)
+    targets = torch.zeros(4096, dtype=torch.long)
+    grads = []
+    for rows in (4096, None):
+        with torch.autocast("cpu", torch.float16):
+            loss = chunked_cross_entropy(hidden, weight, targets, rows)
+        grads += torch.autograd.grad(loss, weight)
+    assert grads[0].isinf().any()
+    torch.testing.assert_close(grads[1], torch.tensor([[-81920.0], [81920.0]]).expand(2, 8))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("documents", [True, False])
 def test_the_loss_of_a_batch_is_the_sum_over_its_targets_with_its_gradients(documents: bool, tied: bool):

@@ -153,7 +153,8 @@ def test_muon_moves_each_matrix_of_a_fused_weight_by_itself(tmp_path: Path):
 
 def test_evaluation_weighs_every_token_alike_and_leaves_no_trace(tmp_path: Path):
     trainer = small_trainer(tmp_path, micro_batch_size=3, model=small_model(dropout=0.5))
-    sums = [language_model_loss(trainer.model.eval(), Counting(seed=1).batch(i)) for i in range(2)]
+    with torch.no_grad():
+        sums = [language_model_loss(trainer.model.eval(), Counting(seed=1).batch(i)) for i in range(2)]
     trainer.model.train()
     expected = sum(float(total) for total, _ in sums) / sum(int(count) for _, count in sums)
     assert trainer.evaluate() == pytest.approx(expected, rel=1e-5)
@@ -313,6 +314,29 @@ def test_an_unfinished_run_is_not_replaced_by_mistake(tmp_path: Path):
     small_trainer(tmp_path, max_steps=2).train()  # a finished run may be replaced
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002.pt"]
     assert len(read_losses(tmp_path)) == 2
+
+
+class Noise:
+    """Validation text that has nothing to do with what is learned."""
+
+    def batch(self, step: int) -> Batch:
+        rows = torch.from_numpy(np.random.default_rng(step).integers(0, V, (B, T + 1)))
+        return Batch(rows[:, :-1], rows[:, 1:])
+
+
+def test_a_run_that_only_gets_worse_is_ended_early(tmp_path: Path, capsys: pytest.CaptureFixture):
+    def trainer(patience: int, **settings) -> Trainer:
+        config = small_config(tmp_path, max_steps=60, eval_interval=4, patience=patience, **settings)
+        return Trainer(small_model(), Counting(), config, validation=Noise())
+
+    losses = trainer(patience=2).train()
+    evaluated = [(int(step), float(loss)) for step, _, loss in read_losses(tmp_path) if loss]
+    best = min(evaluated, key=lambda pair: pair[1])[0]
+    assert best + 8 == len(losses) < 60  # two evaluations in a row were no better
+    assert load_checkpoint(tmp_path / "model.pt", "-")["iter"] == best
+    assert "stopped early: the last 2 evaluations did not lower the best loss" in capsys.readouterr().out
+    assert len(trainer(patience=4, resume=True).train()) == 8  # it remembers that it has waited for two
+    assert len(trainer(patience=1).train()) == best + 4  # a run that ended by itself may be replaced
 
 
 def test_the_newest_checkpoints_are_kept_and_the_best(tmp_path: Path):

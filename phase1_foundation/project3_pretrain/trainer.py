@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -37,10 +38,11 @@ from phase1_foundation.project3_pretrain.loss import language_model_loss
 from phase1_foundation.project3_pretrain.metrics import Journal, operations_per_token, peak_memory, peak_rate
 from phase1_foundation.project3_pretrain.schedules import lr_share
 
+fused_optimizers = partial(make_optimizers, fused=True)
 SMALLEST_SCALE = 2.0**-24  # of the loss in fp16; a gradient that still overflows is no number at all
 FREE_TO_CHANGE = {
     "out", "resume", "overwrite", "device", "compile", "parallel", "max_steps", "micro_batch_size",
-    "eval_interval", "eval_batches", "keep", "log", "shards", "corpus", "prompt", "sample_tokens",
+    "eval_interval", "eval_batches", "keep", "patience", "log", "shards", "corpus", "prompt", "sample_tokens",
 }  # on --resume  # fmt: skip
 
 
@@ -89,21 +91,27 @@ class Trainer:
         validation: Batches | None = None,
         sample: Callable[[Any], str] | None = None,
         bytes_per_token: float = 0.0,
+        unit: str = "nats per token",
         entries: Mapping[str, Any] | None = None,
         settings: Mapping[str, Any] | None = None,
-        optimizers: Callable[[nn.Module, TrainConfig], list[Optimizer]] = make_optimizers,
+        optimizers: Callable[[nn.Module, TrainConfig], list[Optimizer]] = fused_optimizers,
         world: World | None = None,
+        trained_only: bool = False,
     ) -> None:
         """Take a model, equal on all processes, and what changes from task to task.
 
         `sample(model)` writes a text to look at. With `bytes_per_token`, of the validation text, its loss is
-        told in bits per byte as well. `entries` go into checkpoints beside the model's config; `settings`
-        must be equal on resuming (by default the config). Raises ValueError or OSError if `config.out` is no
-        folder to write to, holds another run, or nothing to resume.
+        told in bits per byte as well. `unit` says what a loss is measured in, per what it counts. `entries`
+        go into checkpoints beside the model's config; `settings` must be equal on resuming (by default the
+        config). With `trained_only` checkpoints leave out weights that need no gradient: whoever froze them
+        has them. Raises ValueError or OSError if `config.out` is no folder to write to, holds another run,
+        or nothing to resume.
         """
         self.loader: Any = loader
         self.config, self.loss, self.world = config, loss, world or World()
         self.validation, self.sample, self.bytes_per_token = validation, sample, bytes_per_token
+        self.unit = unit
+        self.saved = _trained(model) if trained_only else None  # names of weights; None: all
         self.settings = dict(config.to_dict() if settings is None else settings)
         shape = {"config": dataclasses.asdict(model.config)} if hasattr(model, "config") else {}  # type: ignore[call-overload]
         self.entries = shape | dict(entries or {})
@@ -124,6 +132,7 @@ class Trainer:
         self.done = 0  # steps
         self.seconds = 0.0  # of training, evaluations left out
         self.best = math.inf  # lowest validation loss, nats per token
+        self.waited = 0  # evaluations since it was that low
         self.replaced = self._begin()
 
     def train(self) -> list[float]:
@@ -151,7 +160,7 @@ class Trainer:
                     self.save(result.loss, val_loss)
                     journal.say(self._report(result.loss, val_loss))
                     journal.draw()
-                if ends:
+                if ends or out_of_patience(config.patience, self.waited):
                     break
         self._finish(journal)
         return losses
@@ -209,16 +218,19 @@ class Trainer:
             "train_loss": train_loss,
             "val_loss": val_loss,
             **self.entries,
-            "model_state_dict": self.parallel.weights(),
+            "model_state_dict": self.parallel.weights(self.saved),
         }
         is_best = val_loss is None or val_loss < self.best
         self.best = min(self.best, math.inf if val_loss is None else val_loss)
+        planned = self.done % self.config.eval_interval == 0  # and not because of Ctrl-C
+        self.waited = 0 if is_best else self.waited + planned
         states = {
             "optimizer_state_dict": [self.parallel.optimizer_state(each) for each in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "guard": self.guard.state_dict(),
             "seconds": self.seconds,
             "best": self.best,
+            "waited": self.waited,
             "settings": self.settings,
         }
         if self.world.rank == 0:
@@ -239,7 +251,9 @@ class Trainer:
             return []
         if made and not config.overwrite:
             there = load_checkpoint(made[-1], TRAIN_COMMAND, needs=("iter", "settings"))
-            if there["iter"] < there["settings"]["max_steps"]:
+            settings = there["settings"]
+            ended = out_of_patience(settings.get("patience", 0), there.get("waited", 0))
+            if there["iter"] < settings["max_steps"] and not ended:
                 what = f"holds a run that was stopped after {there['iter']:,} steps"
                 raise ValueError(
                     f"out ({self.out}) {what}: --resume goes on with it, --overwrite begins anew"
@@ -250,19 +264,15 @@ class Trainer:
         """Bring everything back to where a checkpoint left it. Raises ValueError if settings differ."""
         needs = ("model_state_dict", "optimizer_state_dict", "settings", "guard", "scaler")
         there = load_checkpoint(path, TRAIN_COMMAND, needs)
-        for name, value in self.settings.items():
-            before = there["settings"].get(name)
-            if name not in FREE_TO_CHANGE and value != before:
-                raise ValueError(
-                    f"{name} ({value}) must be {before} to resume {path}, as when that run began"
-                )
-        self.parallel.load_weights(there["model_state_dict"], path)
+        check_settings(self.settings, there["settings"], path)
+        self.parallel.load_weights(there["model_state_dict"], path, self.saved)
         for optimizer, state in zip(self.optimizers, there["optimizer_state_dict"], strict=True):
             self.parallel.load_optimizer_state(optimizer, state)
         if there["scaler"]:  # of a run in fp16
             self.scaler.load_state_dict(there["scaler"])
         self.guard.load_state_dict(there["guard"])
         self.done, self.seconds, self.best = there["iter"], there["seconds"], there["best"]
+        self.waited = there.get("waited", 0)
 
     def _open_journal(self) -> Journal:
         """Print what is about to happen, and return where its numbers go."""
@@ -278,14 +288,14 @@ class Trainer:
         full_speed = rate * world.size / self.operations  # tokens per second
         name, silent = f"{self.parameters:,} parameters", world.rank > 0
         span = (self.done, config.max_steps)
-        return Journal(self.out, config.log, self.settings, *span, full_speed, name, silent)
+        return Journal(self.out, config.log, self.settings, *span, full_speed, name, silent, self.unit)
 
     @torch.no_grad()
     def _report(self, train_loss: float, val_loss: float | None) -> str:
         """Return a line about the run, and a piece of what the model writes by now."""
         line = f"step {self.done:,}  train {train_loss:.4f}"
         if val_loss is not None:
-            line += f"  validation {val_loss:.4f} nats per token"
+            line += f"  validation {val_loss:.4f} {self.unit}"
             if self.bytes_per_token:
                 line += f", {val_loss / math.log(2) / self.bytes_per_token:.4f} bits per byte"
         line += f"  {self.seconds:.1f} s"
@@ -306,11 +316,32 @@ class Trainer:
         self.world.print(
             f"written to {self.out}: model.pt (best), step_*.pt (to --resume), losses.csv, loss.png"
         )
-        if self.done < self.config.max_steps:
+        if out_of_patience(self.config.patience, self.waited):
+            self.world.print(f"stopped early: the last {self.waited} evaluations did not lower the best loss")
+        elif self.done < self.config.max_steps:
             left = f"stopped after {self.done:,} of {self.config.max_steps:,} steps"
             self.world.print(f"{left}; go on with --resume and the same flags")
+
+
+def _trained(model: nn.Module) -> list[str]:
+    """Return the names of the weights that a gradient moves."""
+    return [name for name, weight in model.named_parameters() if weight.requires_grad]
+
+
+def check_settings(settings: Mapping[str, Any], before: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError for a setting that must be as it was when the run began that is to be resumed."""
+    for name, value in settings.items():
+        if name not in FREE_TO_CHANGE and value != before.get(name):
+            raise ValueError(
+                f"{name} ({value}) must be {before.get(name)} to resume {path}, as when that run began"
+            )
 
 
 def checkpoints(out: Path) -> list[Path]:
     """Return the checkpoints of a folder that a run can go on from, oldest first."""
     return sorted(out.glob("step_*.pt"))
+
+
+def out_of_patience(patience: int, waited: int) -> bool:
+    """Say whether so many evaluations in a row without a lower validation loss are enough; 0 waits for ever."""
+    return 0 < patience <= waited
