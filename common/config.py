@@ -122,7 +122,9 @@ class BaseConfig:
 
 
 def _plain(value: Any) -> Any:
-    """Return a setting as YAML and checkpoints keep it: paths as strings, tuples as lists."""
+    """Return a setting as YAML and checkpoints keep it: paths as strings, tuples as lists, dicts as typed."""
+    if isinstance(value, dict):  # --name KEY VALUE KEY VALUE
+        value = [part for pair in value.items() for part in pair]
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value

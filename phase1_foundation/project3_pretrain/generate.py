@@ -137,14 +137,19 @@ class Writer:
             ids = chat_ids(self.tokenizer, [*self.messages, ("user", prompt)])
         return ids
 
+    def tokens_after(self, ids: list[int], seed: int) -> Iterator[int]:
+        """Yield what the model writes after these tokens; project 7 does it with other caches."""
+        config = self.config
+        how = (config.max_new_tokens, config.temperature, config.top_k, config.top_p, seed, self.stop)
+        return generate(self.model, ids, *how)
+
     def write(self, prompt: str, seed: int) -> str:
         """Print the continuation or the answer as it comes, and return it."""
-        config, began = self.config, time.perf_counter()
-        how = (config.max_new_tokens, config.temperature, config.top_k, config.top_p, seed, self.stop)
+        began = time.perf_counter()
         tokens: list[int] = []
 
         def noted() -> Iterator[int]:
-            for token in generate(self.model, self.prompt_ids(prompt), *how):
+            for token in self.tokens_after(self.prompt_ids(prompt), seed):
                 tokens.append(token)
                 yield token
 
@@ -159,9 +164,9 @@ class Writer:
         return "".join(pieces)
 
 
-def run(config: GenerateConfig) -> list[str]:
+def run(config: GenerateConfig, writer: Writer | None = None) -> list[str]:
     """Write what was asked for, printing as it comes, and return it."""
-    writer = Writer(config)
+    writer = writer or Writer(config)
     if not config.interactive:
         if config.num_samples == 1:
             return [writer.write(config.prompt, config.seed)]

@@ -316,6 +316,12 @@ def test_an_unfinished_run_is_not_replaced_by_mistake(tmp_path: Path):
     assert len(read_losses(tmp_path)) == 2
 
 
+def test_a_model_that_comes_ready_to_write_is_trained_with_its_dropout(tmp_path: Path):
+    model = small_model(dropout=0.5).eval()  # as load_model returns it
+    small_trainer(tmp_path, model=model, max_steps=1).train()
+    assert model.training
+
+
 class Noise:
     """Validation text that has nothing to do with what is learned."""
 

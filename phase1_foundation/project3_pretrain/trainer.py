@@ -139,6 +139,7 @@ class Trainer:
         """Train up to max_steps, or until Ctrl-C or SIGTERM; save, and return the losses of these steps."""
         config, losses = self.config, []
         batches = Prefetcher(self.loader)
+        self.model.train()  # one that was loaded comes ready to write, without dropout and the like
         with StopRequest() as stop, self._open_journal() as journal, closing(batches):
             for step in range(self.done, config.max_steps):
                 begin = time.perf_counter()
@@ -343,5 +344,5 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def out_of_patience(patience: int, waited: int) -> bool:
-    """Say whether so many evaluations in a row without a lower validation loss are enough; 0 waits for ever."""
+    """Say whether so many evaluations in a row without a lower validation loss are enough; 0: never."""
     return 0 < patience <= waited

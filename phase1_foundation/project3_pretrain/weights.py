@@ -46,6 +46,7 @@ HUB_FILES = [
     "tokenizer*.json",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
 ]
 # What old files keep beside their weights: masks and wavelengths, which a Decoder computes.
 IGNORED = r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq"

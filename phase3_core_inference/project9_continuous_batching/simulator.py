@@ -1,0 +1,179 @@
+r"""A discrete-event simulator: the engine itself, with a clock that jumps and a model that only costs time.
+
+PAPERS
+  [1] Vidur: A Large-Scale Simulation Framework For LLM Inference, Agrawal et al., 2024, arXiv:2405.05465
+  [2] SARATHI: Efficient LLM Inference by Piggybacking Decodes with Chunked Prefills, Agrawal et al., 2023,
+      arXiv:2308.16369
+
+SYMBOLS
+  N  tokens of a step    R  rows drawn from    K  keys read: for each token, those up to itself
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from common.files import atomic_write
+from phase3_core_inference.project9_continuous_batching.config import EngineConfig
+from phase3_core_inference.project9_continuous_batching.engine import Engine
+from phase3_core_inference.project9_continuous_batching.loads import Arrival, drive
+from phase3_core_inference.project9_continuous_batching.request import Job, Request, Work
+from phase3_core_inference.project9_continuous_batching.runner import Drawn
+
+KNOTS = (8, 32, 128)  # tokens of a step at which the cost of one more changes
+NEVER_NEGATIVE = np.array([True, True, *(False for _ in KNOTS), True, True])  # which prices; a change may be
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a step computed, and how long it took."""
+
+    tokens: int  # N
+    rows: int  # R
+    keys: int  # K
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """The seconds of a step, as a function of what it computes.
+
+    PAPER: [1] Sec. 4 predicts the time of each operator from its sizes, learned from a few measurements.
+    PAPER CONTEXT: Which settings suit a load is a question of days on real machines. [1] answers it on a
+        desk: schedulers are cheap to run, and only the model has to be replaced by its cost.
+    INTUITION: A timetable: to plan a journey nobody has to drive the train.
+    IMPLEMENTATION: A constant; a price per token that changes at KNOTS, because few tokens cost the reading
+        of the weights and many the arithmetic ([2] Sec. 3); a price per row drawn from; one per key read.
+        Least squares on relative errors, so that short steps count as much as long ones.
+    WHY: benchmark.py holds the simulated time of a whole load against the measured one.
+    """
+
+    seconds_at: tuple[float, ...]  # constant, tokens, tokens beyond each knot, rows, keys
+
+    @classmethod
+    def fit(cls, samples: Sequence[Sample]) -> Self:
+        """Return the costs of measured steps; ValueError for fewer than there are prices."""
+        prices = len(KNOTS) + 4
+        if len(samples) < prices:
+            raise ValueError(f"samples ({len(samples)}) must be at least {prices}")
+        table = np.array([_sizes(sample.tokens, sample.rows, sample.keys) for sample in samples])
+        seconds = np.array([sample.seconds for sample in samples])
+        scale = np.abs(table).max(axis=0).clip(1e-12)  # columns of one size keep the fit well-conditioned
+        used = np.ones(prices, bool)
+        while True:
+            costs = np.zeros(prices)
+            relative = (table / scale / seconds[:, None])[:, used]
+            costs[used] = np.linalg.lstsq(relative, np.ones(len(samples)), rcond=1e-10)[0]
+            if not (wrong := used & NEVER_NEGATIVE & (costs < 0)).any():
+                return cls(tuple((costs / scale).tolist()))
+            used[np.argmin(np.where(wrong, costs, 0))] = False  # noise: nothing gives time back
+
+    def seconds(self, tokens: int, rows: int, keys: int) -> float:
+        """Return what a step costs; never less than a microsecond."""
+        return max(1e-6, float(np.dot(self.seconds_at, _sizes(tokens, rows, keys))))
+
+    def save(self, path: Path) -> None:
+        """Write the costs as JSON."""
+        with atomic_write(path) as file:
+            json.dump(asdict(self) | {"knots": KNOTS}, file, indent=1)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read costs; ValueError for a file that holds others."""
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+            costs = tuple(float(cost) for cost in entries["seconds_at"])
+            fits = tuple(entries["knots"]) == KNOTS and len(costs) == len(KNOTS) + 4
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"costs ({path}) must be a file that benchmark.py wrote: {error}") from None
+        if not fits or not np.isfinite(costs).all():
+            raise ValueError(f"costs ({path}) must be {len(KNOTS) + 4} numbers for the knots {KNOTS}")
+        return cls(costs)
+
+
+def _sizes(tokens: int, rows: int, keys: int) -> list[float]:
+    return [1.0, tokens, *(max(0, tokens - knot) for knot in KNOTS), rows, keys]
+
+
+def sizes_of(work: Sequence[Work]) -> tuple[int, int, int]:
+    """Return N, R and K of a step."""
+    keys = sum(item.tokens * item.job.computed + item.tokens * (item.tokens + 1) // 2 for item in work)
+    return sum(item.tokens for item in work), sum(item.draws for item in work), keys
+
+
+class VirtualClock:
+    """Time that passes only when it is told to.
+
+    PAPER: none; the clock of every discrete-event simulation.
+    PAPER CONTEXT: An hour of load would take an hour, most of it waiting for the next request.
+    INTUITION: A film, of which only the cuts are shown.
+    IMPLEMENTATION: A number that never falls.
+    WHY: Minutes of load take a second, and the same load takes the same steps each time.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self.now
+
+    def wait_until(self, then: float) -> None:
+        """Jump there."""
+        self.now = max(self.now, then)
+
+
+@dataclass
+class Counted:
+    """The state of a text that is only counted."""
+
+    most: int
+    output: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: str = ""
+
+
+class SimulatedRunner:
+    """Let the clock jump by what a step would cost, and write zeros.
+
+    PAPER: [1] Sec. 4, at the level of whole steps.
+    PAPER CONTEXT: A simulator with a scheduler of its own answers questions about that one.
+    INTUITION: The real conductor with an orchestra that only counts bars.
+    IMPLEMENTATION: Each text has as many tokens as its request may have: loads are made so.
+    WHY: Engine and scheduler are the very classes that serve, so what is simulated is what would happen.
+    """
+
+    def __init__(self, costs: CostModel, clock: VirtualClock, length: int) -> None:
+        self.costs, self.clock, self.length = costs, clock, length
+
+    def begin(self, request: Request) -> Counted:
+        """Return the state of a request; ValueError for one that is longer than the cache's sequences."""
+        if not 1 <= len(request.prompt) <= self.length:
+            raise ValueError(f"prompt ({len(request.prompt)} tokens) must have 1 to {self.length} tokens")
+        return Counted(min(request.params.max_new_tokens, self.length - len(request.prompt) + 1))
+
+    def run(self, work: Sequence[Work]) -> list[Drawn | None]:
+        """Let time pass, and write one token for each row that is due."""
+        self.clock.wait_until(self.clock() + self.costs.seconds(*sizes_of(work)))
+        drawn: list[Drawn | None] = [None] * len(work)
+        for number, item in enumerate(work):
+            if item.draws:  # no longer, once there is one more token
+                drawn[number] = Drawn(0, "")
+                state: Any = item.job.state  # a Counted, as begin() makes them
+                state.output.append(0)
+                if len(state.output) >= state.most:
+                    state.finish_reason = "length"
+        return drawn
+
+    def free(self, slots: Sequence[int]) -> None:
+        """Forget nothing, for nothing is remembered."""
+
+
+def simulate(load: Sequence[Arrival], config: EngineConfig, costs: CostModel) -> list[Job]:
+    """Return the requests of a load, with the times at which their tokens would come."""
+    clock = VirtualClock()
+    return drive(Engine(SimulatedRunner(costs, clock, config.length), config, clock), load, clock)
