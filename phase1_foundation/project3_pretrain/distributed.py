@@ -179,7 +179,7 @@ class ParallelModel:
         return self._collect({name: state[name] for name in (state if names is None else names)})
 
     def load_weights(self, state: dict[str, Tensor], path: Any, names: Collection[str] | None = None) -> None:
-        """Give this process its part of what weights() returned; ValueError, naming `path`, if it is wrong."""
+        """Give this process its part of what weights() returned; ValueError, naming `path`, if wrong."""
         own = self.model.state_dict()
         parts = {name: scatter(value, own[name]) if name in own else value for name, value in state.items()}
         others = {} if names is None else {name: own[name] for name in own.keys() - set(names)}
