@@ -102,7 +102,7 @@ class BenchmarkConfig(BaseConfig):
     context: int = 512  # at which a cache is compared with none, and caches with each other
     batch: int = 8  # sequences that are read and written at once
     repeats: int = 5  # timings of each; the median counts
-    compile: bool = True  # also the compiled step; it takes a minute, and a C++ compiler
+    compile: bool = True  # also the compiled step: minutes the first time, and a C++ compiler
     precision: Precision = "auto"  # of weights and cache; auto: bf16 where the hardware has it
     device: str = "auto"  # auto: cuda, else mps, else cpu
 

@@ -32,8 +32,8 @@ def mix(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     IMPLEMENTATION: The G heads of a group become rows of one matrix, (B, Hkv, G * T, D): no key is copied,
         none is read twice. In 16 bits on a CPU torch's fused kernel falls behind where keys are many; there
         the formula is written out.
-    WHY: torch's own switch for shared keys, enable_gqa, copies them: on a CPU one token over 250 in bf16
-        takes five times as long with it (benchmark.py).
+    WHY: With torch's own switch for shared keys, enable_gqa, one token over 250 takes four times as long on
+        a CPU in bf16 (benchmark.py).
     """
     B, H, T, D = q.shape
     rows = q.reshape(B, k.shape[1], -1, D)  # (B, Hkv, G * T, D)

@@ -17,10 +17,10 @@ from phase3_core_inference.project7_kv_cache.mixing import mix
 from phase3_core_inference.project7_kv_cache.slots import SlotCache
 
 LEAST = 128  # places that attention looks at on a GPU, at least; from there it doubles
-
-
 OPERATIONS = torch.library.Library("llm_course", "FRAGMENT")
-OPERATIONS.define("mix_seen(Tensor q, Tensor keys, Tensor values, Tensor bias, Tensor seen) -> Tensor")
+SIGNATURE = OPERATIONS.define(
+    "mix_seen(Tensor q, Tensor keys, Tensor values, Tensor bias, Tensor seen) -> Tensor"
+)
 
 
 @torch.library.impl(OPERATIONS, "mix_seen", "CPU")
