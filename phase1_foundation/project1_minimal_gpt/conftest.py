@@ -1,8 +1,6 @@
 """What the tests of project 1 share: a text, settings that train in a second, and a model so trained."""
 
 import random
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,23 +25,6 @@ class Trained:
     config: Config
     losses: list[float]
     out: Path
-
-
-@pytest.fixture
-def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """A function that runs a main() which must end with status 2 and one line; returns what it printed."""
-
-    def run(main: Callable[[], None], *words: str) -> Any:
-        monkeypatch.setattr(sys, "argv", ["script.py", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        assert ended.value.code == 2
-        assert printed.err.startswith("error: ")
-        assert printed.err.count("\n") == 1
-        return printed
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ class AdamW(Optimizer):
             t = self.state[weights[0]]["step"]
             (beta1, beta2), lr = group["betas"], group["lr"]
             if self.fused:
-                steps = [torch.tensor(float(t), device=weight.device) for weight in weights]
+                steps = [torch.tensor(float(t), device=weights[0].device)] * len(weights)  # only read
                 torch._fused_adamw_(
                     weights, grads, means, squares, [], steps,
                     lr=lr, beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],

@@ -28,8 +28,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         the formula; ours keeps the input and one number per token, and borrows LayerNorm's backward kernel.
     WHY: Gradients equal those of the formula in float64 (a test).
     """
-    if x.dtype != weight.dtype:  # torch's function wants them equal
-        x = x.to(torch.promote_types(x.dtype, weight.dtype))
+    if x.dtype != weight.dtype:  # FSDP rounds the weights, autocast the input; torch wants them equal
+        both = torch.promote_types(x.dtype, weight.dtype)
+        x, weight = x.to(both), weight.to(both)
     if torch.is_grad_enabled() and x.is_cpu and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps)
     return torch.rms_norm(x, weight.shape, weight, eps)

@@ -334,6 +334,18 @@ def test_rms_norm_is_the_formula_with_its_gradients(learn: bool):
         assert_same(y, F.rms_norm(x, (12,), norm.weight, 0.1))
 
 
+@pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_rms_norm_takes_weights_that_fsdp_rounded_and_inputs_that_autocast_did(types: tuple):
+    x, weight = (torch.randn(shape, dtype=kind) for shape, kind in zip(((3, 12), (12,)), types, strict=True))
+    ours, plain = ([each.clone().requires_grad_() for each in (x, weight)] for _ in range(2))
+    y, expected = rms_norm(*ours, 0.1), F.rms_norm(plain[0].float(), (12,), plain[1].float(), 0.1)
+    torch.testing.assert_close(y, expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
 def test_rms_norm_does_not_hear_how_loud_its_input_is():
     norm, x = RMSNorm(64, eps=1e-12).double(), torch.randn(8, 64, dtype=torch.float64)
     assert_same(norm(1000 * x), norm(x))
