@@ -108,6 +108,18 @@ def chat_ids(tokenizer: Tokenizer, messages: list[Message]) -> list[int]:
     return [*ids, start, *tokenizer.encode("assistant\n")]
 
 
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return a text to go on from, after the mark that begins one if the tokenizer has it."""
+    start = start_token(tokenizer)
+    return [*([] if start is None else [start]), *tokenizer.encode(text)]
+
+
+def stop_tokens(tokenizer: Tokenizer, chats: bool = True) -> frozenset[int]:
+    """Return the ids at which a text, or an answer of someone who chats, is over."""
+    names = (*STARTS, IM_END) if chats else STARTS
+    return frozenset(tokenizer.special_tokens[name] for name in names if name in tokenizer.special_tokens)
+
+
 class Writer:
     """A model with all that it takes to answer: its tokenizer, the settings, and what was said so far."""
 
@@ -119,15 +131,12 @@ class Writer:
         if self.chats and not can_chat(self.tokenizer):
             raise ValueError(f"chat (yes) must be no: {config.model} does not know {IM_START} and {IM_END}")
         self.messages: list[Message] = [("system", config.system)] if config.system else []
-        names = (*STARTS, IM_END) if self.chats else STARTS
-        special = self.tokenizer.special_tokens
-        self.stop = {special[name] for name in names if name in special}
+        self.stop = stop_tokens(self.tokenizer, self.chats)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return what the model is given; of a conversation that no longer fits, the oldest turns go."""
         if not self.chats:
-            start = start_token(self.tokenizer)
-            return [*([] if start is None else [start]), *self.tokenizer.encode(prompt)]
+            return text_ids(self.tokenizer, prompt)
         ids = chat_ids(self.tokenizer, [*self.messages, ("user", prompt)])
         kept = 1 if self.config.system else 0
         while (

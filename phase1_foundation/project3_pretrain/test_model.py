@@ -16,6 +16,7 @@ from phase1_foundation.project3_pretrain import cpu_kernels
 from phase1_foundation.project3_pretrain.config import DecoderConfig
 from phase1_foundation.project3_pretrain.cpu_kernels import Linear, blocked_attention, rms_norm
 from phase1_foundation.project3_pretrain.families import config_to_hf, parts_of
+from phase1_foundation.project3_pretrain.generate import GrowingCache
 from phase1_foundation.project3_pretrain.layers import (
     DocumentAttention,
     GroupedCausalAttention,
@@ -258,27 +259,6 @@ def test_a_model_around_given_weights_is_the_model(shape: str):
 # The seam: attention backends
 
 
-class TinyCache:
-    """A backend that remembers: the new tokens attend to themselves and to all that came in earlier calls."""
-
-    def __init__(self) -> None:
-        self.past: dict[int, tuple[Tensor, Tensor]] = {}
-        self.length = 0  # tokens seen in earlier calls
-
-    def positions(self, tokens: Tensor) -> Tensor:
-        first, self.length = self.length, self.length + tokens.shape[1]
-        return torch.arange(first, self.length)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if layer in self.past:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.past[layer], (k, v), strict=True))
-        self.past[layer] = k, v
-        new, all_tokens = q.shape[2], k.shape[2]
-        allowed = torch.ones(new, all_tokens, dtype=torch.bool).tril(all_tokens - new)
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-
-
 @each_shape
 def test_a_cache_fed_in_chunks_of_any_sizes_gives_the_logits_of_the_whole(shape: str):
     model, tokens = small_decoder(SHAPES[shape]), random_tokens()
@@ -287,7 +267,7 @@ def test_a_cache_fed_in_chunks_of_any_sizes_gives_the_logits_of_the_whole(shape:
         whole = model(tokens)
         for _ in range(5):
             cuts = [0, *sorted(choice.sample(range(1, T), choice.randrange(T))), T]
-            cache = TinyCache()
+            cache = GrowingCache()
             chunks = [model(tokens[:, begin:end], cache) for begin, end in itertools.pairwise(cuts)]
             assert_same(torch.cat(chunks, dim=1), whole)
 

@@ -1,6 +1,7 @@
 """Checks of train.py: from a text to a model and its samples, and what it says when something is missing."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data import topics
 
@@ -33,18 +34,14 @@ def write_text(path: Path, seed: int = 0) -> Path:
     return path
 
 
+CHEAP = {"quality": "none", "near_duplicates": 0, "vocab_size": 300, "workers": 1, "validation_share": 0.1}
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     text = write_text(folder / "text.txt")
-    cheap = {
-        "quality": "none",
-        "near_duplicates": 0,
-        "vocab_size": 300,
-        "workers": 1,
-        "validation_share": 0.1,
-    }
-    preprocess.run(PreprocessConfig(data=[str(text)], out=folder / "shards", **cheap))
+    preprocess.run(PreprocessConfig(data=[str(text)], out=folder / "shards", **CHEAP))
     return folder / "shards"
 
 
@@ -93,28 +90,20 @@ def test_what_cannot_go_together_is_refused(shards: Path, tmp_path: Path):
     run(tiny(shards, tmp_path, max_steps=1))
     other = tmp_path / "other"
     text = write_text(tmp_path / "text.txt", seed=1)
-    cheap = {
-        "quality": "none",
-        "near_duplicates": 0,
-        "vocab_size": 300,
-        "workers": 1,
-        "validation_share": 0.1,
-    }
-    preprocess.run(PreprocessConfig(data=[str(text)], out=other, **cheap))
+    preprocess.run(PreprocessConfig(data=[str(text)], out=other, **CHEAP))
     with pytest.raises(ValueError, match=r"sha256_of_shards \(\w+\) must be \w+ to resume"):
         run(tiny(other, tmp_path, max_steps=2, resume=True))
 
 
-def test_a_full_gpu_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_full_gpu_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, refusal: Callable):
     def fill(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train, "run", fill)
-    monkeypatch.setattr("sys.argv", ["train.py", "--device", "cpu"])
-    with pytest.raises(SystemExit) as status:
-        train.main()
-    assert status.value.code == 2
-    assert "error: micro_batch_size (0) must fit into the GPU's memory; or use" in capsys.readouterr().err
+    assert (
+        "error: micro_batch_size (0) must fit into the GPU's memory; or use"
+        in refusal(train.main, "--device", "cpu").err
+    )
 
 
 @pytest.mark.slow

@@ -58,6 +58,11 @@ def load_policy(name: str) -> tuple[Decoder, Tokenizer, ChatTemplate]:
     return model, tokenizer, template_for(tokenizer)
 
 
+def encode_tasks(tokenizer: Tokenizer, template: ChatTemplate, tasks: Sequence[Task]) -> list[list[int]]:
+    """Return tasks as the model is asked them, up to where it answers."""
+    return [template.encode(tokenizer, [Message("user", task.prompt)], answer=True)[0] for task in tasks]
+
+
 def sample_answers(
     model: Decoder,
     tokenizer: Tokenizer,
@@ -69,7 +74,7 @@ def sample_answers(
     seed: int = 0,
 ) -> list[list[Answer]]:
     """Return `samples` answers of a model to each task. One that was cut off is wrong."""
-    prompts = [template.encode(tokenizer, [Message("user", task.prompt)], answer=True)[0] for task in tasks]
+    prompts = encode_tasks(tokenizer, template, tasks)
     order = sorted(range(len(tasks)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
     answers: list[list[Answer]] = [[] for _ in tasks]
     stop = template.stop(tokenizer)
@@ -114,10 +119,9 @@ def task_pairs(
     how = (config.samples, config.temperature, config.max_new_tokens, seed)
     answers = sample_answers(model, tokenizer, template, tasks, *how)
     pairs = []
-    for task, group in zip(tasks, answers, strict=True):
+    for prompt, group in zip(encode_tasks(tokenizer, template, tasks), answers, strict=True):
         right = list({tuple(answer.ids): answer.ids for answer in group if answer.right}.values())
         wrong = list({tuple(answer.ids): answer.ids for answer in group if not answer.right}.values())
-        prompt = template.encode(tokenizer, [Message("user", task.prompt)], answer=True)[0]
         pairs += [Pair(prompt, right[i % len(right)], ids) for i, ids in enumerate(wrong) if right]
     share = np.mean([answer.right for group in answers for answer in group])
     mixed = sum(0 < sum(answer.right for answer in group) < len(group) for group in answers)

@@ -34,12 +34,11 @@ from phase1_foundation.project2_tokenizer.token_file import save_tokenizer
 from phase1_foundation.project2_tokenizer.tokenizer import Tokenizer
 from phase1_foundation.project3_pretrain.model import Decoder
 from phase1_foundation.project3_pretrain.trainer import check_settings, checkpoints
-from phase2_finetuning.project4_instruction_tuning.conversations import Message
 from phase2_finetuning.project4_instruction_tuning.tasks import FAMILIES, Task, make_tasks
 from phase2_finetuning.project4_instruction_tuning.templates import ChatTemplate
 from phase2_finetuning.project6_alignment.config import RLConfig
 from phase2_finetuning.project6_alignment.learner import Numbers
-from phase2_finetuning.project6_alignment.pairs import sample_answers
+from phase2_finetuning.project6_alignment.pairs import encode_tasks, sample_answers
 from phase2_finetuning.project6_alignment.rewards import Grader, Written, exact
 from phase2_finetuning.project6_alignment.rollouts import Rollout, sample
 from phase2_finetuning.project6_alignment.visualize import draw_rounds
@@ -136,7 +135,7 @@ class Writer:
     def write(self, number: int, count: int, attempt: int = 0) -> Round:
         """Return a round of answers to `count` tasks."""
         rl, tasks = self.rl, self.tasks(number, count, attempt)
-        prompts = [prompt_ids(self.tokenizer, self.template, task) for task in tasks]
+        prompts = encode_tasks(self.tokenizer, self.template, tasks)
         with autocast(self.device, pick_dtype(rl.write_precision, self.device)):
             rollout = sample(
                 self.model,
@@ -151,11 +150,6 @@ class Writer:
         answers = self.grader.answers(rollout)
         right = torch.tensor([exact(*pair) for pair in zip(asked, answers, strict=True)], device=self.device)
         return Round(asked, answers, rollout, self.grader.mark(asked, rollout, answers), right, count)
-
-
-def prompt_ids(tokenizer: Tokenizer, template: ChatTemplate, task: Task) -> list[int]:
-    """Return a task as the policy is asked it."""
-    return template.encode(tokenizer, [Message("user", task.prompt)], answer=True)[0]
 
 
 def round_seed(rl: RLConfig, number: int, attempt: int = 0) -> int:

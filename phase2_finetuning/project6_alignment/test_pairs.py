@@ -18,6 +18,7 @@ from phase2_finetuning.project6_alignment.pair_loader import PairLoader, fill_ro
 from phase2_finetuning.project6_alignment.pairs import (
     Answer,
     Pair,
+    encode_tasks,
     find_pairs,
     fingerprint,
     load_policy,
@@ -66,8 +67,7 @@ def test_each_wrong_answer_meets_a_right_one_to_the_same_prompt(taught):
     pairs, told = task_pairs(model, tokenizer, template, config, seed=1)
     tasks = make_tasks(["count"], 60, 1)
     prompts = {
-        tuple(template.encode(tokenizer, [Message("user", task.prompt)], answer=True)[0]): task
-        for task in tasks
+        tuple(ids): task for ids, task in zip(encode_tasks(tokenizer, template, tasks), tasks, strict=True)
     }
     stop = template.stop(tokenizer)
     assert len(pairs) > 20

@@ -13,7 +13,7 @@ from common.plots import read_csv
 from common.script import run_validation
 from phase1_foundation.project3_pretrain.weights import load_model
 from phase2_finetuning.project4_instruction_tuning.tasks import WORDS
-from phase2_finetuning.project6_alignment import train_preference, train_reward
+from phase2_finetuning.project6_alignment import pair_training, train_preference, train_reward
 from phase2_finetuning.project6_alignment.config import PreferenceConfig, RewardConfig
 from phase2_finetuning.project6_alignment.reward_model import load_reward_model
 from phase2_finetuning.project6_alignment.train_reward import pick_best
@@ -100,7 +100,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_bit(trained, taught_file, peo
     out, _ = trained
     words = ["--eval_interval", "6", "--lr", "3e-3", *people]
     first = preference(taught_file, tmp_path, "--max_steps", "12", *words)
-    trainer = train_preference.Trainer
+    trainer = pair_training.Trainer
 
     class Stopped(trainer):  # type: ignore[misc, valid-type]
         def save(self, *given: Any) -> None:
@@ -108,7 +108,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_bit(trained, taught_file, peo
             if self.done == 6:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_preference, "Trainer", Stopped)
+    monkeypatch.setattr(pair_training, "Trainer", Stopped)
     with pytest.raises(KeyboardInterrupt):
         train_preference.run(first)
     monkeypatch.undo()

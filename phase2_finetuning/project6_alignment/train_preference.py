@@ -5,7 +5,6 @@ pairs of a right and a wrong answer. Then it is compared with the model that it 
 seen. With --data FILE the pairs are people's.
 """
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,18 +12,18 @@ import torch
 from torch import Tensor
 
 from common.checkpoints import load_checkpoint, load_weights
-from common.device import pick_dtype
 from common.files import shown
-from common.plots import LossLog, new_figure, read_csv, save_figure
+from common.plots import new_figure, read_csv, save_figure
 from common.script import script
 from phase1_foundation.project1_minimal_gpt.train import autocast
 from phase1_foundation.project3_pretrain.distributed import World, join_world
 from phase1_foundation.project3_pretrain.model import Decoder
-from phase1_foundation.project3_pretrain.trainer import Trainer
 from phase2_finetuning.project4_instruction_tuning.tasks import FAMILIES, make_tasks
 from phase2_finetuning.project6_alignment.config import PREFERENCE_COMMAND, PreferenceConfig
 from phase2_finetuning.project6_alignment.judging import Judge
+from phase2_finetuning.project6_alignment.learner import Numbers
 from phase2_finetuning.project6_alignment.pair_loader import PairLoader, make_loaders
+from phase2_finetuning.project6_alignment.pair_training import Watch, train_on_pairs
 from phase2_finetuning.project6_alignment.pairs import find_pairs, fingerprint, load_policy
 from phase2_finetuning.project6_alignment.preference import (
     LOSSES,
@@ -34,7 +33,6 @@ from phase2_finetuning.project6_alignment.preference import (
     preference_loss,
 )
 
-Numbers = dict[str, float]
 LABELS = {  # columns of preference.csv, and what they are
     "margin": "reward margin, better over worse answer",
     "chosen": "reward of the better answer",
@@ -47,15 +45,16 @@ LABELS = {  # columns of preference.csv, and what they are
 }
 
 
-class Watch:
-    """What is measured as training goes on: pairs that are held back, and answers to tasks."""
+class PolicyWatch(Watch):
+    """What is measured as a policy learns: pairs that are held back, and answers to tasks."""
+
+    columns, file = tuple(LABELS), "preference.csv"
+    line = "margin {margin:.3f}  ranked {ranked:.1%}  right {right:.1%}  win rate {win_rate:.1%}"
 
     def __init__(self, config: PreferenceConfig, held: PairLoader, judges: list[Judge], world: World) -> None:
         """Take a judge of sampled answers and one of the likeliest."""
-        self.config, self.held, self.judges, self.world = config.loss, held, judges, world
-        self.device = world.device(config.train.device)
-        self.dtype = pick_dtype(config.train.precision, self.device)
-        self.path = config.train.out / "preference.csv"
+        super().__init__(config, held, world)
+        self.config, self.judges = config.loss, judges
 
     @torch.no_grad()
     def odds_of(self, model: Decoder, batch: PairBatch) -> Tensor:
@@ -85,22 +84,6 @@ class Watch:
             "tokens": sampled.tokens,
         }
 
-    def open(self, step: int, before: Numbers) -> None:
-        """Begin the table, or go on with the one of a run that was interrupted after `step` steps."""
-        if self.world.rank == 0:
-            self.log = LossLog(self.path, ["step", *LABELS], step or None)
-            if not step:
-                self.log.add(step=0, **before)
-
-    def note(self, step: int, model: Decoder) -> str:
-        """Look, write a row of the table, and return it as a line."""
-        numbers = self.look(model)
-        if self.world.rank == 0:
-            self.log.add(step=step, **numbers)
-        return "margin {margin:.3f}  ranked {ranked:.1%}  right {right:.1%}  win rate {win_rate:.1%}".format(
-            **numbers
-        )
-
 
 def run(config: PreferenceConfig, world: World | None = None) -> dict[str, Numbers]:
     """Train, judge, draw; return the numbers of both models, {"before": ..., "after": ...}."""
@@ -115,29 +98,15 @@ def run(config: PreferenceConfig, world: World | None = None) -> dict[str, Numbe
         Judge(tokenizer, template, tasks, temperature, pairs.max_new_tokens, train.seed, samples)
         for temperature, samples in ((pairs.temperature, pairs.samples), (0.0, 1))
     ]
-    watch = Watch(config, held, judges, world)
+    watch = PolicyWatch(config, held, judges, world)
     for judge in judges:
         judge.compare_with(model)
     if LOSSES[config.loss.loss].uses_reference:
         for each in (loader, held):
             each.measure(partial(watch.odds_of, model))
     before, start = watch.look(model), fingerprint(model)
-    tokenizer.save(train.out / "tokenizer.json")
-    trainer = Trainer(
-        model.train(),
-        loader,
-        replace(train, eval_batches=held.batches),
-        partial(preference_loss, config=config.loss),
-        validation=held,
-        sample=lambda model: watch.note(trainer.done, model),
-        unit="per pair",
-        entries={"tokenizer": (train.out / "tokenizer.json").read_text(encoding="utf-8")},
-        settings=config.to_dict() | {"start": start},
-        world=world,
-    )
-    watch.open(trainer.done, before)
-    trainer.train()
-    if trainer.done < train.max_steps:
+    loss = partial(preference_loss, config=config.loss)
+    if not train_on_pairs(model, loader, loss, config, watch, before, tokenizer, start):
         return {"before": before}
     path = train.out / "model.pt"
     load_weights(model, load_checkpoint(path, PREFERENCE_COMMAND)["model_state_dict"], path)

@@ -4,7 +4,6 @@ The tuned model answers tasks several times, a program judges, and the model, wi
 head, learns which of two answers is right. Then it picks the best of n answers to tasks it has never seen.
 """
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,19 @@ import torch
 from torch import Tensor
 
 from common.checkpoints import load_checkpoint, load_weights, save_checkpoint
-from common.device import pick_dtype, seed_everything
+from common.device import seed_everything
 from common.files import shown
-from common.plots import LossLog, new_figure, read_csv, save_figure
+from common.plots import new_figure, read_csv, save_figure
 from common.script import progress, script
 from phase1_foundation.project1_minimal_gpt.train import autocast
 from phase1_foundation.project3_pretrain.distributed import World, join_world
-from phase1_foundation.project3_pretrain.trainer import Trainer
-from phase2_finetuning.project4_instruction_tuning.conversations import Message
 from phase2_finetuning.project4_instruction_tuning.tasks import FAMILIES, make_tasks
 from phase2_finetuning.project6_alignment.config import REWARD_COMMAND, RewardConfig
-from phase2_finetuning.project6_alignment.pair_loader import PairLoader, fill_rows, make_loaders
+from phase2_finetuning.project6_alignment.learner import Numbers
+from phase2_finetuning.project6_alignment.pair_loader import fill_rows, make_loaders
+from phase2_finetuning.project6_alignment.pair_training import Watch, train_on_pairs
 from phase2_finetuning.project6_alignment.pairs import (
+    encode_tasks,
     find_pairs,
     fingerprint,
     load_policy,
@@ -32,17 +32,14 @@ from phase2_finetuning.project6_alignment.pairs import (
 )
 from phase2_finetuning.project6_alignment.reward_model import RewardModel, pair_rewards, reward_loss
 
-COLUMNS = ("step", "ranked", "margin", "level")
 Picks = dict[int, tuple[float, float]]  # by number of answers: share right of the picked, and if any is right
 
 
-class Watch:
-    """What is measured as training goes on: pairs that are held back."""
+class RewardWatch(Watch):
+    """What is measured as a reward model learns: pairs that are held back."""
 
-    def __init__(self, config: RewardConfig, held: PairLoader, world: World) -> None:
-        self.held, self.world, self.path = held, world, config.train.out / "reward.csv"
-        self.device = world.device(config.train.device)
-        self.dtype = pick_dtype(config.train.precision, self.device)
+    columns, file = ("ranked", "margin", "level"), "reward.csv"
+    line = "ranked {ranked:.1%}  margin {margin:.3f}  level {level:.3f}"
 
     @torch.no_grad()
     def rewards(self, model: RewardModel) -> Tensor:
@@ -50,26 +47,12 @@ class Watch:
         with autocast(self.device, self.dtype):
             return torch.cat([pair_rewards(model, batch.to(self.device)) for batch in self.held.in_order()])
 
-    def look(self, model: RewardModel) -> dict[str, float]:
+    def look(self, model: RewardModel) -> Numbers:
         """Return the share of pairs ranked rightly, and the mean difference and the mean of their rewards."""
         rewards = self.rewards(model)
         margin = rewards[:, 0] - rewards[:, 1]
         ranked = (margin > 0).double().mean().item()
         return {"ranked": ranked, "margin": margin.mean().item(), "level": rewards.mean().item()}
-
-    def open(self, step: int, before: dict[str, float]) -> None:
-        """Begin the table, or go on with the one of a run that was interrupted after `step` steps."""
-        if self.world.rank == 0:
-            self.log = LossLog(self.path, COLUMNS, step or None)
-            if not step:
-                self.log.add(step=0, **before)
-
-    def note(self, step: int, model: RewardModel) -> str:
-        """Look, write a row of the table, and return it as a line."""
-        numbers = self.look(model)
-        if self.world.rank == 0:
-            self.log.add(step=step, **numbers)
-        return "ranked {ranked:.1%}  margin {margin:.3f}  level {level:.3f}".format(**numbers)
 
 
 def run(config: RewardConfig, world: World | None = None) -> dict[str, Any]:
@@ -87,36 +70,21 @@ def run(config: RewardConfig, world: World | None = None) -> dict[str, Any]:
     answers = sample_answers(policy, tokenizer, template, tasks, *how)  # before the policy becomes the judge
     seed_everything(train.seed)
     model = RewardModel(policy).to(device)
-    watch = Watch(config, held, world)
+    watch = RewardWatch(config, held, world)
     before = watch.look(model)
-    tokenizer.save(train.out / "tokenizer.json")
-    trainer = Trainer(
-        model.train(),
-        loader,
-        replace(train, eval_batches=held.batches),
-        partial(reward_loss, center=config.center),
-        validation=held,
-        sample=lambda model: watch.note(trainer.done, model),
-        unit="per pair",
-        entries={"tokenizer": (train.out / "tokenizer.json").read_text(encoding="utf-8")},
-        settings=config.to_dict() | {"start": start},
-        world=world,
-    )
-    watch.open(trainer.done, before)
-    trainer.train()
-    if trainer.done < train.max_steps or world.rank:
+    loss = partial(reward_loss, center=config.center)
+    if not train_on_pairs(model, loader, loss, config, watch, before, tokenizer, start) or world.rank:
         return {"before": before}
     center_best(model.eval(), watch, train.out / "model.pt")
-    prompts = [template.encode(tokenizer, [Message("user", task.prompt)], answer=True)[0] for task in tasks]
     written = [[answer.ids for answer in group] for group in answers]
-    scores = score_answers(model, prompts, written)
+    scores = score_answers(model, encode_tasks(tokenizer, template, tasks), written)
     right = torch.tensor([[answer.right for answer in group] for group in answers])
     numbers = {"before": before, "after": watch.look(model), "best_of": pick_best(scores, right)}
     report(numbers, scores, right, config)
     return numbers
 
 
-def center_best(model: RewardModel, watch: Watch, path: Path) -> None:
+def center_best(model: RewardModel, watch: RewardWatch, path: Path) -> None:
     """Load the best weights, bring the mean reward of the pairs held back to 0, and store them so."""
     entries = load_checkpoint(path, REWARD_COMMAND)
     load_weights(model, entries["model_state_dict"], path)

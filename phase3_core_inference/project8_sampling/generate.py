@@ -3,7 +3,6 @@
 uv run python phase3_core_inference/project8_sampling/generate.py --model smollm2-135m --interactive
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,8 +15,13 @@ from torch import Tensor
 from common.device import pick_device, pick_dtype
 from common.script import ask, one_line, script
 from phase1_foundation.project2_tokenizer.tokenizer import Tokenizer
-from phase1_foundation.project3_pretrain.generate import IM_END, GrowingCache, can_chat, chat_ids
-from phase1_foundation.project3_pretrain.likelihood import STARTS, start_token
+from phase1_foundation.project3_pretrain.generate import (
+    GrowingCache,
+    can_chat,
+    chat_ids,
+    stop_tokens,
+    text_ids,
+)
 from phase1_foundation.project3_pretrain.model import Decoder
 from phase1_foundation.project3_pretrain.weights import load_model
 from phase3_core_inference.project8_sampling.beam_search import check_length, choose_rows
@@ -40,16 +44,14 @@ class Writer:
         self.chats = can_chat(self.tokenizer) if config.chat == "auto" else config.chat == "yes"
         if self.chats and not can_chat(self.tokenizer):
             raise ValueError(f"chat (yes) must be no: {config.model} does not know the marks of ChatML")
-        special = self.tokenizer.special_tokens
-        self.stop = [special[name] for name in (*STARTS, IM_END) if name in special]
+        self.stop = stop_tokens(self.tokenizer)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return what the model is given."""
         if self.chats:
             system = [("system", self.config.system)] if self.config.system else []
             return chat_ids(self.tokenizer, [*system, ("user", prompt)])
-        start = start_token(self.tokenizer)
-        ids = [*([] if start is None else [start]), *self.tokenizer.encode(prompt)]
+        ids = text_ids(self.tokenizer, prompt)
         if not ids:
             raise ValueError("prompt () must hold at least one character for a model without a start token")
         return ids
@@ -188,11 +190,6 @@ def answer(config: GenerateConfig, writer: Writer, prompt: str) -> list[str]:
     ending = f", ended by {states[0].finish_reason}, seed {states[0].seed}" if single else ""
     print(f"\n({tokens} tokens, {tokens / seconds:.1f} tokens/s{ending})", file=sys.stderr)
     return [opening + state.text for state in states]
-
-
-def pretty(text: str) -> str:
-    """Return a JSON document as people like to read it."""
-    return json.dumps(json.loads(text), ensure_ascii=False, indent=2)
 
 
 def load_tokenizer_of(name: str) -> tuple[Tokenizer, int]:

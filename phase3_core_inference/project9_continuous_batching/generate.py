@@ -8,11 +8,11 @@ With --interactive type prompts divided by |; what each gets is shown as it come
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from common.device import pick_device, pick_dtype
 from common.script import ask, one_line, script
-from phase1_foundation.project3_pretrain.generate import IM_END, can_chat, chat_ids
-from phase1_foundation.project3_pretrain.likelihood import STARTS, start_token
+from phase1_foundation.project3_pretrain.generate import can_chat, chat_ids, stop_tokens, text_ids
 from phase1_foundation.project3_pretrain.weights import load_model
 from phase3_core_inference.project8_sampling.config import SamplingParams
 from phase3_core_inference.project9_continuous_batching.config import GenerateConfig
@@ -27,11 +27,9 @@ class Desk:
         self.config = config
         device = pick_device("auto")
         model, self.tokenizer = load_model(config.model, pick_dtype(config.precision, device))
-        shape = config.engine
-        shape.length = min(shape.length, model.config.block_size)
+        shape = replace(config.engine, length=min(config.engine.length, model.config.block_size))
         self.engine = Engine.of(model.to(device), shape, self.tokenizer)
-        special = self.tokenizer.special_tokens
-        self.stop = frozenset(special[name] for name in (*STARTS, IM_END) if name in special)
+        self.stop = stop_tokens(self.tokenizer)
         self.asked = 0
 
     def request(self, prompt: str) -> Request:
@@ -41,8 +39,7 @@ class Desk:
             system = [("system", config.system)] if config.system else []
             ids = chat_ids(self.tokenizer, [*system, ("user", prompt)])
         else:
-            start = start_token(self.tokenizer)
-            ids = [*([] if start is None else [start]), *self.tokenizer.encode(prompt)]
+            ids = text_ids(self.tokenizer, prompt)
         seed = config.seed + self.asked
         self.asked += 1
         params = SamplingParams(

@@ -109,11 +109,11 @@ def drive(engine: Engine, load: Sequence[Arrival], clock: Clock) -> list[Job]:
         while coming and coming[0].time <= clock():
             arrival = coming.popleft()
             jobs.append(engine.jobs[engine.add(arrival.request, arrival.time)])
-        if engine.has_work and engine.scheduler.wake_at(clock()) is None:
+        wake = engine.scheduler.wake_at(clock())
+        if engine.has_work and wake is None:
             engine.step()
             continue
         times = [coming[0].time] if coming else []
-        wake = engine.scheduler.wake_at(clock())
         clock.wait_until(min(times if wake is None else [*times, wake]))
     return jobs
 
