@@ -9,7 +9,7 @@ SHAPES
   H, Hkv, D, S  as in mixing.py
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,26 @@ class Run:
     asked: Tensor  # which of the R rows were asked for
     end: int  # length of the longest sequence
     bias: Tensor | None  # (R, 1, 1, end), where not all are as long
+
+
+def neighbours(ends: Mapping[int, int]) -> list[list[int]]:
+    """Return slots in groups, each for one call; `ends` are the lengths of their sequences.
+
+    The next slot joins a group if that reads less than a call of its own.
+    """
+    groups: list[list[int]] = []
+    longest = 0
+    for slot in sorted(ends):
+        if groups:
+            group = groups[-1]
+            together = (slot - group[0] + 1) * max(longest, ends[slot])
+            if together <= (group[-1] - group[0] + 1) * longest + ends[slot] + CALL:
+                group.append(slot)
+                longest = max(longest, ends[slot])
+                continue
+        groups.append([slot])
+        longest = ends[slot]
+    return groups
 
 
 class SlotCache:
@@ -104,7 +124,8 @@ class SlotCache:
             slots += [slot] * new
             places += range(begin, begin + new)
             place += new
-        self.runs = [self._run(group, single) for group in self._group(sorted(single))]
+        ends = {slot: self.lengths[slot] + 1 for slot in single}
+        self.runs = [self._run(group, single) for group in neighbours(ends)]
         # What comes often is worth a shorter way: one sequence alone; one run, its slots in order.
         self.only = (slots[0], places[0], places[-1] + 1) if len(batch) == 1 else None
         self.in_order = len(self.runs) == 1 and self._is_in_order(self.runs[0].slots, batch)
@@ -169,6 +190,13 @@ class SlotCache:
             store[slot, :, n : self.lengths[slot]].zero_()
         self.lengths[slot] = n
 
+    def redo(self, slot: int) -> None:
+        """Let the next token of a slot take the place of its last one, which is computed once more."""
+        self._check_slot(slot)
+        if not self.lengths[slot]:
+            raise ValueError(f"slot ({slot}) must hold a token to compute once more")
+        self.lengths[slot] -= 1
+
     def copy_prefix(self, src: int, dst: int, n: int) -> None:
         """Let slot dst begin with the first n tokens of slot src: a prompt's beginning, computed once.
 
@@ -205,23 +233,6 @@ class SlotCache:
     def _is_in_order(slots: slice, batch: Sequence[tuple[int, int]]) -> bool:
         """Say whether a batch is one new token for each of these slots, one slot after another."""
         return list(batch) == [(slot, 1) for slot in range(slots.start, slots.stop)]
-
-    def _group(self, slots: Iterable[int]) -> list[list[int]]:
-        """Return sorted slots in groups: the next slot joins if that reads less than a call of its own."""
-        groups: list[list[int]] = []
-        longest = 0
-        for slot in slots:
-            length = self.lengths[slot] + 1
-            if groups:
-                group = groups[-1]
-                together = (slot - group[0] + 1) * max(longest, length)
-                if together <= (group[-1] - group[0] + 1) * longest + length + CALL:
-                    group.append(slot)
-                    longest = max(longest, length)
-                    continue
-            groups.append([slot])
-            longest = length
-        return groups
 
     def _run(self, group: list[int], single: dict[int, int]) -> Run:
         """Return the run of a group of slots, some of which may have nothing new."""

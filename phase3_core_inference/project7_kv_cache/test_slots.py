@@ -123,6 +123,17 @@ def test_a_batch_that_cannot_be_is_refused_and_changes_nothing(llama, batch, mes
     check(llama, feed(llama, cache, [(0, 1), (1, 2)]))
 
 
+def test_a_token_that_is_computed_once_more_takes_its_own_place(llama):
+    cache = SlotCache(llama.config, 2, LONGEST, torch.float64)
+    feed(llama, cache, [(0, 6), (1, 9)])
+    for _ in range(2):
+        cache.redo(1)
+        check(llama, feed(llama, cache, [(1, 1), (0, 1)]))
+    assert cache.lengths == [8, 9]
+    with pytest.raises(ValueError, match=r"slot \(0\) must hold a token to compute once more"):
+        SlotCache(llama.config, 2, 8).redo(0)
+
+
 def test_misuse_is_named(llama):
     cache = SlotCache(llama.config, 2, 8)
     with pytest.raises(ValueError, match=r"tokens \(1, 3\) must be \(1, 0\), as planned"):

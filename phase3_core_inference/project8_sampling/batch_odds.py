@@ -49,8 +49,10 @@ class BatchOdds:
     WHY: Tests hold the odds to the plain way (`warp`); benchmark.py holds the time to a decode step.
     """
 
-    def __init__(self, logits: Tensor, states: Sequence[RequestState]) -> None:
+    def __init__(self, logits: Tensor, states: Sequence[RequestState], space: Tensor | None = None) -> None:
+        """Take the logits (R, V) of requests, which stay as they are, and `space_for` them to work in."""
         R, V = logits.shape
+        self.space = space_for(logits) if space is None else space
         if len(states) != R:
             raise ValueError(f"states ({len(states)}) must be as many as the rows of logits ({R})")
         self.states, self.device, self.vocab_size = states, logits.device, V
@@ -70,12 +72,9 @@ class BatchOdds:
 
     def _scale(self, logits: Tensor, scales: Array) -> Tensor:
         """Return the logits (R, W) over the temperature, after all that depends on the request's text."""
-        (R, V), states = logits.shape, self.states
-        scaled = torch.empty(R, -(-V // BLOCK) * BLOCK, device=self.device)
-        scaled[:, :V] = logits
+        V, states, scaled = self.vocab_size, self.states, self.space[0]
+        torch.mul(logits, torch.from_numpy(scales).to(scaled)[:, None], out=scaled[:, :V])
         scaled[:, V:] = -math.inf
-        if (scales != 1).any():
-            scaled *= torch.from_numpy(scales).to(scaled)[:, None]
         apply_penalties(scaled, V, [s.history for s in states], scales, [s.banned() for s in states])
         for row, state in enumerate(states):
             params, text = state.params, (*state.prompt[-1:], *state.output[-1:])
@@ -211,7 +210,7 @@ class BatchOdds:
         most = 2 * summing.sum() > len(rows)  # then copying them takes longer than summing all
         scaled = self.scaled if most else self.scaled[self._index(summing)]
         place = np.arange(len(rows)) if most else summing.cumsum() - 1  # of each row in odds
-        odds = scaled.softmax(dim=1)
+        odds = torch.softmax(scaled, dim=1, out=self.space[1, : len(scaled)])
         largest = odds.amax(dim=1, keepdim=True).double().cpu().numpy()
         self.mass[summing] = 1 / largest[place[summing]]
         asking = summing & (on["typical_p"] | on["eta"])
@@ -231,6 +230,16 @@ class BatchOdds:
     def _index(self, rows: Array) -> Tensor:
         """Return row numbers, or flags of rows, as an index on the device."""
         return torch.from_numpy(rows.nonzero()[0] if rows.dtype == bool else rows).to(self.device)
+
+
+def space_for(logits: Tensor, space: Tensor | None = None) -> Tensor:
+    """Return room (2, R, W) for rows of logits (R, V): what is there, if it fits: new memory costs time."""
+    R, V = logits.shape
+    shape = (2, R, -(-V // BLOCK) * BLOCK)
+    if space is not None and space.shape == shape and space.device == logits.device:
+        return space
+    with torch.inference_mode(False):  # else it could not be written to outside of that mode
+        return torch.empty(shape, device=logits.device)
 
 
 def draw_from_head(weights: Array, ids: Array, u: Array) -> Array:

@@ -109,7 +109,9 @@ def row_by_row(logits: Tensor, states: list[RequestState]) -> list[int]:
     """Choose tokens with transformers' processors; a batch with mixed settings is a loop over rows there."""
     import transformers.generation.logits_process as hf
 
-    makers = {
+    makers = {  # what forbids tokens comes first: else all that is left could be forbidden
+        "repetition_penalty": hf.RepetitionPenaltyLogitsProcessor,
+        "no_repeat_ngram": hf.NoRepeatNGramLogitsProcessor,
         "temperature": hf.TemperatureLogitsWarper,
         "top_k": hf.TopKLogitsWarper,
         "top_p": hf.TopPLogitsWarper,
@@ -117,8 +119,6 @@ def row_by_row(logits: Tensor, states: list[RequestState]) -> list[int]:
         "typical_p": hf.TypicalLogitsWarper,
         "epsilon": hf.EpsilonLogitsWarper,
         "eta": hf.EtaLogitsWarper,
-        "repetition_penalty": hf.RepetitionPenaltyLogitsProcessor,
-        "no_repeat_ngram": hf.NoRepeatNGramLogitsProcessor,
     }
     tokens = []
     for row, state in enumerate(states):

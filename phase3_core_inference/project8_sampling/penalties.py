@@ -45,11 +45,8 @@ class History:
         self.followers: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)  # of each n - 1 tokens
         bias = params.logit_bias
         self.bias: Edit = np.fromiter(bias, np.int64), np.fromiter(bias.values(), np.float64)
-        self.penalizes = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (
-            1.0,
-            0.0,
-            0.0,
-        )
+        self.penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        self.penalizes = self.penalties != (1, 0, 0)
         for token in prompt:
             self.append(token, written=0)
 
@@ -88,28 +85,41 @@ def apply_penalties(
     `banned` are tokens that a row must not take for reasons of its own. Ids beyond the vocabulary do nothing.
     """
     flat, width = scaled.view(-1), scaled.stride(0)
-    add, change, ban = _Edits(flat), _Edits(flat), _Edits(flat)
+    add, ban = _Edits(flat), _Edits(flat)
     for row, (history, scale) in enumerate(zip(histories, scales, strict=True)):
         start = row * width
         if len(history.bias[0]):
             inside = history.bias[0] < vocab_size
             add.note(history.bias[0][inside] + start, history.bias[1][inside] * scale)
-        if history.penalizes:
-            params, (ids, counts) = history.params, history.seen()
-            less = params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
-            change.note(ids + start, less * scale, np.full(len(ids), params.repetition_penalty))
         forbidden = [token for token in (*banned[row], *history.forbidden()) if token < vocab_size]
         if forbidden:
             ban.note(np.array(forbidden) + start)
     if add:
         index, bias = add.tensors()
         flat.index_add_(0, index, bias)
-    if change:
-        index, subtract, penalty = change.tensors()
-        value = flat[index]
-        flat[index] = torch.where(value < 0, value * penalty, value / penalty) - subtract
+    if rows := [row for row, history in enumerate(histories) if history.penalizes]:
+        _penalize(flat, [histories[row] for row in rows], np.array(rows) * width, scales[rows])
     if ban:
         flat[ban.tensors()[0]] = -math.inf
+
+
+def _penalize(flat: Tensor, histories: Sequence[History], starts: np.ndarray, scales: np.ndarray) -> None:
+    """Make what occurred dearer, in the rows of logits that begin at `starts`."""
+    seen = [history.seen() for history in histories]
+    sizes = [len(ids) for ids, _ in seen]
+    ids, counts = (np.concatenate(part) for part in zip(*seen, strict=True))
+    penalties = np.array([history.penalties for history in histories])
+    penalties[:, 1:] *= scales[:, None]  # what is subtracted; the first is a factor
+    factor, presence, frequency = np.repeat(penalties, sizes, axis=0).T
+    subtract = presence * (counts > 0) + frequency * counts
+    index, factor, subtract = (
+        torch.from_numpy(each).to(flat.device, kind)
+        for each, kind in (
+            (ids + np.repeat(starts, sizes), torch.int64), (factor, flat.dtype), (subtract, flat.dtype),
+        )
+    )  # fmt: skip
+    value = flat[index]
+    flat[index] = torch.where(value < 0, value * factor, value / factor) - subtract
 
 
 class _Edits:

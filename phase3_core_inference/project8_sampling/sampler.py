@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phase3_core_inference.project8_sampling.batch_odds import BatchOdds
+from phase3_core_inference.project8_sampling.batch_odds import BatchOdds, space_for
 from phase3_core_inference.project8_sampling.mirostat import next_mu
 from phase3_core_inference.project8_sampling.randomness import uniform
 from phase3_core_inference.project8_sampling.state import RequestState
@@ -51,12 +51,17 @@ class Sampler:
     WHY: A request draws the same tokens alone and in any batch, which a test checks for mixed settings.
     """
 
+    def __init__(self) -> None:
+        self.space: Tensor | None = None  # memory to work in, kept from step to step
+
+    @torch.no_grad()
     def __call__(self, logits: Tensor, states: Sequence[RequestState]) -> Sampled:
         """Choose the next token of each request from its row of logits (R, V), and append it to the request.
 
         A row that leaves no token to choose fails its own request, and no other.
         """
-        batch = BatchOdds(logits, states)
+        self.space = space_for(logits, self.space)
+        batch = BatchOdds(logits, states, self.space)
         tokens = batch.draw([uniform(state.seed, len(state.output)) for state in states])
         chosen, shown = tokens.tolist(), []
         logprobs = model_logprobs(logits, states, chosen)
@@ -75,6 +80,7 @@ class Sampler:
                 shown.append("")
         return Sampled(chosen, logprobs, shown)
 
+    @torch.no_grad()
     def odds(self, logits: Tensor, states: Sequence[RequestState]) -> Tensor:
         """Return the odds (R, V) by which the next tokens would be drawn, and change nothing.
 

@@ -27,21 +27,28 @@ class StopMatcher:
         prefixes = {text[:n]: 0 for text in self.texts for n in range(len(text) + 1)} or {b"": 0}
         self.prefixes = list(prefixes)
         self.numbers = {prefix: i for i, prefix in enumerate(self.prefixes)}
+        self.ending = [  # of each prefix, bytes of the longest text that it ends with
+            max((len(text) for text in self.texts if prefix.endswith(text)), default=0)
+            for prefix in self.prefixes
+        ]
+        self.table: dict[tuple[int, int], int] = {}  # (state, byte): the next state, once it was looked for
         self.state = self.numbers[b""]
 
-    def _next(self, prefix: bytes, byte: int) -> int:
-        """Return the number of the longest known prefix that ends prefix + byte."""
-        read = prefix + bytes([byte])
-        return next(self.numbers[read[i:]] for i in range(len(read) + 1) if read[i:] in self.numbers)
+    def _next(self, state: int, byte: int) -> int:
+        """Return the number of the longest known prefix that ends with a state's prefix and a byte."""
+        if (state, byte) not in self.table:
+            read = self.prefixes[state] + bytes([byte])
+            ends = (read[i:] for i in range(len(read) + 1))
+            self.table[state, byte] = next(self.numbers[end] for end in ends if end in self.numbers)
+        return self.table[state, byte]
 
     def read(self, data: bytes) -> int | None:
         """Read on; return how many bytes before the end of `data` the found text begins, or None."""
+        if not self.texts:
+            return None
         for i, byte in enumerate(data):
-            prefix = self.prefixes[self.state]
-            self.state = self._next(prefix, byte)
-            reached = self.prefixes[self.state]
-            found = max((len(text) for text in self.texts if reached.endswith(text)), default=0)
-            if found:
+            self.state = self._next(self.state, byte)
+            if found := self.ending[self.state]:
                 return len(data) - (i + 1) + found
         return None
 

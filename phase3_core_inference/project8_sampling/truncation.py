@@ -19,7 +19,7 @@ SHAPES
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -71,7 +71,8 @@ class Ranked:
 
     def take(self, rows: Array) -> Self:
         """Return some of the rows."""
-        return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        columns = self.values, self.weights, self.mass, self.given_entropy, self.sigma, self.whole
+        return type(self)(*(column[rows] for column in columns))
 
     def surprise(self) -> Array:
         """Return -ln p (R, K) among the tokens that are still in."""
@@ -195,8 +196,8 @@ def truncate(ranked: Ranked, settings: Mapping[str, Array]) -> Array:
         part = ranked.take(on)
         keep = rule(part, settings[name][on])
         unsure[on] |= part.whole & more[on] & keep[:, -1:]
-        ranked.weights[on] = part.weights * keep
-        ranked.mass[on] = ranked.weights[on].sum(axis=1, keepdims=True)
+        ranked.weights[on] = weights = part.weights * keep
+        ranked.mass[on] = weights.sum(axis=1, keepdims=True)
         ranked.whole[on] = False
     ranked.whole &= more
     return unsure[:, 0]

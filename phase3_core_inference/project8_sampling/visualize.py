@@ -78,7 +78,7 @@ def draw_settings(
         if beyond > 0.005:
             axis.text(0.98, 0.78, f"{beyond:.0%} to the right of this", transform=axis.transAxes,
                       ha="right", va="top", fontsize=8)  # fmt: skip
-        axis.set_xticks(place[:8], [word(writer, int(token)) for token in order[:8]], rotation=70, fontsize=7)
+        axis.set_xticks(place[:8], [word(writer, int(token)) for token in order[:8]], rotation=90, fontsize=6)
     figure.suptitle(f"“{config.prompt} …”: the model's odds (line), and what is drawn from (bars)")
     save_figure(figure, path)
     print(f"wrote {shown(path)}")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.device import pick_device, pick_dtype, seed_everything
@@ -32,8 +33,9 @@ from phase3_core_inference.project9_continuous_batching.runner import Drawn, Mod
 from phase3_core_inference.project9_continuous_batching.simulator import CostModel, Sample, simulate, sizes_of
 
 POLICIES: tuple[Policy, ...] = ("continuous", "dynamic", "static")
-CALIBRATION = [(1, 1), (1, 4), (1, 8), (1, 16), (1, 32), (8, 1), (32, 1), (128, 1), (200, 1), (32, 6)]
-ROUNDS = 4  # of calibration; the median of each step counts
+CALIBRATION = [(1, 1), (1, 100), (4, 16), (8, 50), (8, 200), (16, 16), (32, 4), (32, 50), (32, 200)]
+SPREAD = 0.8  # of the prompts' lengths in calibration: standard deviation of the logarithm
+WRITTEN = 8  # steps that calibration takes when all texts are being written
 
 
 class TimedRunner(ModelRunner):
@@ -47,7 +49,7 @@ class TimedRunner(ModelRunner):
         """Compute and take the time."""
         sizes, began = sizes_of(work), time.perf_counter()
         drawn = super().run(work)
-        self.samples.append(Sample(*sizes, time.perf_counter() - began))
+        self.samples.append(Sample(sizes, time.perf_counter() - began))
         return drawn
 
 
@@ -81,10 +83,7 @@ def run(config: BenchmarkConfig) -> dict[str, Service]:
     parts = f"model {overhead.model:.1f}, sampler {overhead.sampler:.2f}, engine {overhead.engine:.2f} ms"
     print(f"a step      {overhead.step:.1f} ms with {shape.slots} texts being written: {parts}")
     print(f"            the engine takes {overhead.share:.1%} of the model's time")
-    costs = measure_costs(model, shape)
-    costs.save(make_folder(config.out) / "costs.json")
-    print(f"written to {shown(config.out)}: costs.json, for simulate.py")
-
+    calibration = [time_steps(model, config)]
     load = make_load(config.load, shape.length, model.config.vocab_size)
     tokens = sum(arrival.request.params.max_new_tokens for arrival in load)
     read = sum(len(arrival.request.prompt) for arrival in load)
@@ -93,20 +92,25 @@ def run(config: BenchmarkConfig) -> dict[str, Service]:
     rounds: dict[str, list[Service]] = {policy: [] for policy in POLICIES}
     for _ in progress(range(config.repeats), desc="rounds", leave=False):
         for policy in POLICIES:
-            rounds[policy].append(service(serve(model, replace(shape, policy=policy), load)))
+            runner = ModelRunner.of(model, shape)
+            rounds[policy].append(service(serve(runner, replace(shape, policy=policy), load)))
+    calibration.append(time_steps(model, config))  # again: the machine may be slower by now
+    costs = CostModel.fit(middle_samples(calibration))
+    costs.save(make_folder(config.out) / "costs.json")
     found: dict[str, Service] = {policy: middle(each) for policy, each in rounds.items()}
     guesses: dict[str, Service] = {
         policy: service(simulate(load, replace(shape, policy=policy), costs)) for policy in POLICIES
     }
     print_services(found, guesses)
     print(f"medians of {config.repeats} rounds, policies in turn")
+    print(f"written to {shown(config.out)}: costs.json, for simulate.py")
     return found
 
 
-def serve(model: Decoder, config: EngineConfig, load: Sequence[Arrival]) -> list[Job]:
+def serve(runner: ModelRunner, config: EngineConfig, load: Sequence[Arrival]) -> list[Job]:
     """Serve a load in real time."""
     clock = RealClock()
-    return drive(Engine(ModelRunner.of(model, config), config, clock), load, clock)
+    return drive(Engine(runner, config, clock), load, clock)
 
 
 def middle(services: Sequence[Service]) -> Service:
@@ -114,21 +118,24 @@ def middle(services: Sequence[Service]) -> Service:
     return sorted(services, key=lambda each: each.seconds)[len(services) // 2]
 
 
-def busy_engine(model: Decoder, config: EngineConfig, texts: int, prompt: int, runner: ModelRunner) -> Engine:
-    """Return an engine in which so many texts wait to be written, each longer than anybody will look."""
+def busy_engine(
+    config: EngineConfig, prompts: Sequence[int], runner: ModelRunner, params: SamplingParams
+) -> Engine:
+    """Return an engine in which texts with prompts of these lengths wait to be written."""
     engine = Engine(runner, config)
-    draw = torch.Generator().manual_seed(0)
-    for seed in range(texts):
-        ids = torch.randint(model.config.vocab_size, (prompt,), generator=draw).tolist()
-        params = SamplingParams(temperature=0.8, top_p=0.95, max_new_tokens=config.length, seed=seed)
-        engine.add(Request(ids, params))
+    draw = np.random.default_rng(0)
+    for number, tokens in enumerate(prompts):
+        ids = draw.integers(runner.model.config.vocab_size, size=tokens).tolist()
+        own = replace(params, max_new_tokens=config.length, seed=number)  # longer than anybody will look
+        engine.add(Request(ids, own))
     return engine
 
 
 def measure_overhead(model: Decoder, config: EngineConfig, steps: int) -> Overhead:
     """Time steps in which every slot writes one token: what the model, the sampler and the engine take."""
     runner = ModelRunner.of(model, config)
-    engine = busy_engine(model, config, config.slots, 8, runner)
+    params = SamplingParams(temperature=0.8, top_p=0.95)
+    engine = busy_engine(config, [8] * config.slots, runner, params)
     while any(not job.writes for job in engine.jobs.values()):
         engine.step()
     sampler_seconds = 0.0
@@ -153,20 +160,37 @@ def measure_overhead(model: Decoder, config: EngineConfig, steps: int) -> Overhe
     return Overhead(*(1e3 * statistics.median(part) for part in zip(*parts, strict=True)))
 
 
-def measure_costs(model: Decoder, config: EngineConfig) -> CostModel:
-    """Time steps of many shapes, prompts and texts alone and together, and fit their costs."""
+def time_steps(model: Decoder, config: BenchmarkConfig) -> list[Sample]:
+    """Time steps of many sizes: prompts that are read, texts that are written, a small load of this kind."""
     samples: list[Sample] = []
-    shapes = [(texts, prompt) for texts, prompt in CALIBRATION if texts <= config.slots]
+    shape, load = config.engine, config.load
+    draw = np.random.default_rng(load.seed + 1)
+    most = max(1, shape.length // 2 - WRITTEN)
+    shapes = [(texts, prompt) for texts, prompt in CALIBRATION if texts <= shape.slots]
     for texts, prompt in progress(shapes, desc="costs", leave=False):
-        rounds = []
-        for _ in range(ROUNDS):
-            runner = TimedRunner.of(model, config)
-            engine = busy_engine(model, config, texts, prompt, runner)
-            for _ in range(12):
-                engine.step()
-            rounds.append(runner.samples)
-        samples += [sorted(same, key=lambda s: s.seconds)[ROUNDS // 2] for same in zip(*rounds, strict=True)]
-    return CostModel.fit(samples)
+        lengths = np.rint(prompt * np.exp(SPREAD * draw.standard_normal(texts)))
+        runner = TimedRunner.of(model, shape)
+        prompts = np.clip(lengths, 1, most).astype(int).tolist()
+        engine = busy_engine(shape, prompts, runner, SamplingParams(temperature=0))
+        left = WRITTEN
+        while left:
+            engine.step()
+            left -= all(job.writes for job in engine.jobs.values())
+        samples += runner.samples
+    other = replace(load, requests=shape.slots, arrivals="at_once", seed=load.seed + 1)
+    for policy in ("continuous", "static"):  # texts that end one by one, rows that are computed for nothing
+        runner = TimedRunner.of(model, shape)
+        serve(runner, replace(shape, policy=policy), make_load(other, shape.length, model.config.vocab_size))
+        samples += runner.samples
+    return samples
+
+
+def middle_samples(rounds: Sequence[Sequence[Sample]]) -> list[Sample]:
+    """Return each step of rounds that took the same steps, with its median time."""
+    return [
+        Sample(same[0].sizes, statistics.median(sample.seconds for sample in same))
+        for same in zip(*rounds, strict=True)
+    ]
 
 
 def print_services(found: dict[str, Service], guesses: dict[str, Service]) -> None:

@@ -98,7 +98,7 @@ class ModelRunner:
         for item in work:
             job = item.job
             if item.idle:  # the last remembered token once more, in its own place
-                self.cache.truncate(job.slot, job.computed - 1)
+                self.cache.redo(job.slot)
                 ids.append([*job.request.prompt, *job.state.output][job.computed - 1])
             else:
                 ids += job.next_tokens(item.tokens)

@@ -6,18 +6,22 @@ PAPERS
       arXiv:2308.16369
 
 SYMBOLS
-  N  tokens of a step    R  rows drawn from    K  keys read: for each token, those up to itself
+  N  tokens of a step                          R  rows drawn from
+  K  keys read: by a piece of a prompt, for    C  calls of attention, one for each piece and for each
+     each token those up to itself; by texts      group of neighbouring texts
+     that share a call, the longest one's
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from common.files import atomic_write
+from phase3_core_inference.project7_kv_cache.slots import neighbours
 from phase3_core_inference.project9_continuous_batching.config import EngineConfig
 from phase3_core_inference.project9_continuous_batching.engine import Engine
 from phase3_core_inference.project9_continuous_batching.loads import Arrival, drive
@@ -25,16 +29,23 @@ from phase3_core_inference.project9_continuous_batching.request import Job, Requ
 from phase3_core_inference.project9_continuous_batching.runner import Drawn
 
 KNOTS = (8, 32, 128)  # tokens of a step at which the cost of one more changes
-NEVER_NEGATIVE = np.array([True, True, *(False for _ in KNOTS), True, True])  # which prices; a change may be
+# Prices that cannot be below 0; a change of one can.
+NEVER_NEGATIVE = np.array([True, True, *(False for _ in KNOTS), True, True, True])
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What a step computed, and how long it took."""
+class Sizes(NamedTuple):
+    """What a step computes."""
 
     tokens: int  # N
     rows: int  # R
     keys: int  # K
+    calls: int  # C
+
+
+class Sample(NamedTuple):
+    """What a step computed, and how long it took."""
+
+    sizes: Sizes
     seconds: float
 
 
@@ -47,20 +58,21 @@ class CostModel:
         desk: schedulers are cheap to run, and only the model has to be replaced by its cost.
     INTUITION: A timetable: to plan a journey nobody has to drive the train.
     IMPLEMENTATION: A constant; a price per token that changes at KNOTS, because few tokens cost the reading
-        of the weights and many the arithmetic ([2] Sec. 3); a price per row drawn from; one per key read.
-        Least squares on relative errors, so that short steps count as much as long ones.
+        of the weights and many the arithmetic ([2] Sec. 3); a price per row drawn from, per key read, and
+        per call of attention. Least squares on relative errors, so that short steps count as much as long
+        ones.
     WHY: benchmark.py holds the simulated time of a whole load against the measured one.
     """
 
-    seconds_at: tuple[float, ...]  # constant, tokens, tokens beyond each knot, rows, keys
+    seconds_at: tuple[float, ...]  # constant, tokens, tokens beyond each knot, rows, keys, calls
 
     @classmethod
     def fit(cls, samples: Sequence[Sample]) -> Self:
         """Return the costs of measured steps; ValueError for fewer than there are prices."""
-        prices = len(KNOTS) + 4
+        prices = len(NEVER_NEGATIVE)
         if len(samples) < prices:
             raise ValueError(f"samples ({len(samples)}) must be at least {prices}")
-        table = np.array([_sizes(sample.tokens, sample.rows, sample.keys) for sample in samples])
+        table = np.array([_columns(sample.sizes) for sample in samples])
         seconds = np.array([sample.seconds for sample in samples])
         scale = np.abs(table).max(axis=0).clip(1e-12)  # columns of one size keep the fit well-conditioned
         used = np.ones(prices, bool)
@@ -72,9 +84,9 @@ class CostModel:
                 return cls(tuple((costs / scale).tolist()))
             used[np.argmin(np.where(wrong, costs, 0))] = False  # noise: nothing gives time back
 
-    def seconds(self, tokens: int, rows: int, keys: int) -> float:
+    def seconds(self, sizes: Sizes) -> float:
         """Return what a step costs; never less than a microsecond."""
-        return max(1e-6, float(np.dot(self.seconds_at, _sizes(tokens, rows, keys))))
+        return max(1e-6, float(np.dot(self.seconds_at, _columns(sizes))))
 
     def save(self, path: Path) -> None:
         """Write the costs as JSON."""
@@ -87,22 +99,28 @@ class CostModel:
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
             costs = tuple(float(cost) for cost in entries["seconds_at"])
-            fits = tuple(entries["knots"]) == KNOTS and len(costs) == len(KNOTS) + 4
+            fits = tuple(entries["knots"]) == KNOTS and len(costs) == len(NEVER_NEGATIVE)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"costs ({path}) must be a file that benchmark.py wrote: {error}") from None
         if not fits or not np.isfinite(costs).all():
-            raise ValueError(f"costs ({path}) must be {len(KNOTS) + 4} numbers for the knots {KNOTS}")
+            raise ValueError(f"costs ({path}) must be {len(NEVER_NEGATIVE)} numbers for the knots {KNOTS}")
         return cls(costs)
 
 
-def _sizes(tokens: int, rows: int, keys: int) -> list[float]:
-    return [1.0, tokens, *(max(0, tokens - knot) for knot in KNOTS), rows, keys]
+def _columns(sizes: Sizes) -> list[float]:
+    tokens = sizes.tokens
+    return [1.0, tokens, *(max(0, tokens - knot) for knot in KNOTS), sizes.rows, sizes.keys, sizes.calls]
 
 
-def sizes_of(work: Sequence[Work]) -> tuple[int, int, int]:
-    """Return N, R and K of a step."""
-    keys = sum(item.tokens * item.job.computed + item.tokens * (item.tokens + 1) // 2 for item in work)
-    return sum(item.tokens for item in work), sum(item.draws for item in work), keys
+def sizes_of(work: Sequence[Work]) -> Sizes:
+    """Return what a step computes."""
+    pieces = [(item.job.computed, item.tokens) for item in work if item.tokens > 1]
+    ends = {item.job.slot: item.job.computed + (not item.idle) for item in work if item.tokens == 1}
+    runs = neighbours(ends)
+    keys = sum(before * new + new * (new + 1) // 2 for before, new in pieces)
+    keys += sum((run[-1] - run[0] + 1) * max(ends[slot] for slot in run) for run in runs)
+    tokens, rows = sum(item.tokens for item in work), sum(item.draws for item in work)
+    return Sizes(tokens, rows, keys, len(pieces) + len(runs))
 
 
 class VirtualClock:
@@ -158,7 +176,7 @@ class SimulatedRunner:
 
     def run(self, work: Sequence[Work]) -> list[Drawn | None]:
         """Let time pass, and write one token for each row that is due."""
-        self.clock.wait_until(self.clock() + self.costs.seconds(*sizes_of(work)))
+        self.clock.wait_until(self.clock() + self.costs.seconds(sizes_of(work)))
         drawn: list[Drawn | None] = [None] * len(work)
         for number, item in enumerate(work):
             if item.draws:  # no longer, once there is one more token

@@ -20,12 +20,13 @@ from phase3_core_inference.project9_continuous_batching.simulator import (
     CostModel,
     Sample,
     SimulatedRunner,
+    Sizes,
     VirtualClock,
     simulate,
     sizes_of,
 )
 
-COSTS = CostModel((0.01, 0.001, 0.0005, -0.0002, 0.0001, 0.002, 1e-6))
+COSTS = CostModel((0.01, 0.001, 0.0005, -0.0002, 0.0001, 0.002, 1e-6, 0.003))
 SHAPE = EngineConfig(slots=3, length=LENGTH, token_budget=9)
 
 
@@ -39,7 +40,7 @@ class Timed:
     def run(self, work):
         sizes = sizes_of(work)
         drawn = self.inner.run(work)
-        self.clock.wait_until(self.clock() + COSTS.seconds(*sizes))
+        self.clock.wait_until(self.clock() + COSTS.seconds(sizes))
         return drawn
 
 
@@ -61,10 +62,11 @@ def test_costs_are_found_again_from_samples_of_them():
     for _ in range(200):
         tokens = int(draw.integers(1, 300))
         rows, keys = int(draw.integers(0, min(tokens, 32) + 1)), int(tokens * draw.integers(1, 500))
-        samples.append(Sample(tokens, rows, keys, COSTS.seconds(tokens, rows, keys)))
+        sizes = Sizes(tokens, rows, keys, int(draw.integers(1, 20)))
+        samples.append(Sample(sizes, COSTS.seconds(sizes)))
     found = CostModel.fit(samples)
     assert found.seconds_at == pytest.approx(COSTS.seconds_at, rel=1e-6)
-    with pytest.raises(ValueError, match=r"samples \(3\) must be at least 7"):
+    with pytest.raises(ValueError, match=r"samples \(3\) must be at least 8"):
         CostModel.fit(samples[:3])
 
 
@@ -79,7 +81,7 @@ def test_sizes_of_a_step_count_each_key_that_is_read():
 
     engine = Engine(Looking(COSTS, clock, LENGTH), replace(SHAPE, token_budget=4), clock)
     engine.run([Request([0] * 6, SamplingParams(max_new_tokens=2))])
-    assert seen == [(4, 0, 1 + 2 + 3 + 4), (2, 1, 5 + 6), (1, 1, 7)]
+    assert seen == [(4, 0, 1 + 2 + 3 + 4, 1), (2, 1, 5 + 6, 1), (1, 1, 7, 1)]
 
 
 def test_costs_survive_being_written_and_read(tmp_path):
@@ -95,7 +97,7 @@ def test_costs_survive_being_written_and_read(tmp_path):
         "{}",
         '{"seconds_at": [1, 2], "knots": [8, 32, 128]}',
         '{"seconds_at": "ab", "knots": 3}',
-        json.dumps({"seconds_at": [float("nan")] * 7, "knots": KNOTS}),
+        json.dumps({"seconds_at": [float("nan")] * 8, "knots": KNOTS}),
     ],
 )
 def test_a_file_of_other_costs_is_refused(content, tmp_path):
@@ -136,7 +138,7 @@ def test_a_load_is_a_function_of_its_settings():
 
 
 def test_a_worked_example_of_latencies():
-    second = CostModel((1.0, 0, 0, 0, 0, 0, 0))
+    second = CostModel((1.0, 0, 0, 0, 0, 0, 0, 0))
     load = [
         Arrival(time, Request([0] * 4, SamplingParams(max_new_tokens=output)))
         for time, output in ((0.0, 3), (0.5, 1), (9.0, 2))

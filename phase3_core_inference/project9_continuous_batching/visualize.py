@@ -86,8 +86,8 @@ def draw_slots(costs: CostModel, path: Path) -> None:
         (WRITES, "writes"),
         (IDLE, "is done, computed all the same"),
     ):
-        axes[0].barh(0, 0, color=color, label=name)
-    axes[0].legend(loc="upper right")
+        axes[1].barh(0, 0, color=color, label=name)
+    axes[1].legend(loc="center right")  # where the shorter picture is empty
     for ax in axes:
         ax.set_xlim(0, 1.02 * max(ends))
     save_figure(figure, path)
