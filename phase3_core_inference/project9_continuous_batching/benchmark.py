@@ -33,6 +33,7 @@ from phase3_core_inference.project9_continuous_batching.runner import Drawn, Mod
 from phase3_core_inference.project9_continuous_batching.simulator import CostModel, Sample, simulate, sizes_of
 
 POLICIES: tuple[Policy, ...] = ("continuous", "dynamic", "static")
+# What calibration lets be written: (texts, typical length of their prompts).
 CALIBRATION = [(1, 1), (1, 100), (4, 16), (8, 50), (8, 200), (16, 16), (32, 4), (32, 50), (32, 200)]
 SPREAD = 0.8  # of the prompts' lengths in calibration: standard deviation of the logarithm
 WRITTEN = 8  # steps that calibration takes when all texts are being written
