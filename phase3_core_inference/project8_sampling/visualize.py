@@ -71,8 +71,8 @@ def draw_settings(
     place = np.arange(len(order))
     for axis, (name, changed) in zip(axes.flat, odds.items(), strict=True):
         kept, beyond = int((changed > 0).sum()), float(changed.sum() - changed[order].sum())
-        axis.bar(place, changed[order], color="tab:orange", width=0.9)
-        axis.step(place, plain[order], where="mid", color="black", linewidth=1)
+        axis.bar(place, changed[order].numpy(), color="tab:orange", width=0.9)
+        axis.step(place, plain[order].numpy(), where="mid", color="black", linewidth=1)
         axis.set_title(name)
         axis.text(0.98, 0.9, f"{kept:,} tokens", transform=axis.transAxes, ha="right", va="top", fontsize=8)
         if beyond > 0.005:

@@ -29,6 +29,7 @@ from phase3_core_inference.project9_continuous_batching.request import Job, Requ
 from phase3_core_inference.project9_continuous_batching.runner import Drawn
 
 KNOTS = (8, 32, 128)  # tokens of a step at which the cost of one more changes
+PASSES = 4  # of the fit: the first one does not know what to expect
 # Prices that cannot be below 0; a change of one can.
 NEVER_NEGATIVE = np.array([True, True, *(False for _ in KNOTS), True, True, True])
 
@@ -59,8 +60,8 @@ class CostModel:
     INTUITION: A timetable: to plan a journey nobody has to drive the train.
     IMPLEMENTATION: A constant; a price per token that changes at KNOTS, because few tokens cost the reading
         of the weights and many the arithmetic ([2] Sec. 3); a price per row drawn from, per key read, and
-        per call of attention. Least squares on relative errors, so that short steps count as much as long
-        ones.
+        per call of attention. Least squares on errors in parts of the expected seconds, so that short steps
+        count as much as long ones; in parts of the measured ones, steps that were lucky would count most.
     WHY: benchmark.py holds the simulated time of a whole load against the measured one.
     """
 
@@ -73,16 +74,13 @@ class CostModel:
         if len(samples) < prices:
             raise ValueError(f"samples ({len(samples)}) must be at least {prices}")
         table = np.array([_columns(sample.sizes) for sample in samples])
-        seconds = np.array([sample.seconds for sample in samples])
         scale = np.abs(table).max(axis=0).clip(1e-12)  # columns of one size keep the fit well-conditioned
-        used = np.ones(prices, bool)
-        while True:
-            costs = np.zeros(prices)
-            relative = (table / scale / seconds[:, None])[:, used]
-            costs[used] = np.linalg.lstsq(relative, np.ones(len(samples)), rcond=1e-10)[0]
-            if not (wrong := used & NEVER_NEGATIVE & (costs < 0)).any():
-                return cls(tuple((costs / scale).tolist()))
-            used[np.argmin(np.where(wrong, costs, 0))] = False  # noise: nothing gives time back
+        table, seconds = table / scale, np.array([sample.seconds for sample in samples])
+        expected = seconds
+        for _ in range(PASSES):
+            costs = _prices(table / expected[:, None], seconds / expected)
+            expected = (table @ costs).clip(1e-6)
+        return cls(tuple((costs / scale).tolist()))
 
     def seconds(self, sizes: Sizes) -> float:
         """Return what a step costs; never less than a microsecond."""
@@ -105,6 +103,17 @@ class CostModel:
         if not fits or not np.isfinite(costs).all():
             raise ValueError(f"costs ({path}) must be {len(NEVER_NEGATIVE)} numbers for the knots {KNOTS}")
         return cls(costs)
+
+
+def _prices(table: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    """Solve table @ prices = goal as well as can be, with no price below 0 that must not be."""
+    used = np.ones(table.shape[1], bool)
+    while True:
+        prices = np.zeros(len(used))
+        prices[used] = np.linalg.lstsq(table[:, used], goal, rcond=1e-10)[0]
+        if not (wrong := used & NEVER_NEGATIVE & (prices < 0)).any():
+            return prices
+        used[np.argmin(np.where(wrong, prices, 0))] = False  # noise: nothing gives time back
 
 
 def _columns(sizes: Sizes) -> list[float]:
