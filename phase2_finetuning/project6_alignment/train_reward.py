@@ -150,6 +150,7 @@ def draw(out: Path, picks: Picks, scores: Tensor, right: Tensor) -> None:
     last.axhline(picks[1][0], linestyle="--", color="gray", label="one answer")
     last.set(title="best of n: share right", xlabel="n", xscale="log", ylim=(0, 1))
     last.set_xticks(list(picks), [str(n) for n in picks])
+    last.minorticks_off()
     for axes in (middle, last):
         axes.legend(fontsize=7)
     save_figure(figure, out / "reward.png")
