@@ -179,7 +179,7 @@ def time_steps(model: Decoder, config: BenchmarkConfig) -> list[Sample]:
             engine.step()
             left -= all(job.writes for job in engine.jobs.values())
         runner.free(range(shape.slots))
-    other = replace(load, requests=shape.slots, arrivals="at_once", seed=load.seed + 1)
+    other = replace(load, requests=2 * shape.slots, arrivals="at_once", seed=load.seed + 1)
     for policy in ("continuous", "static"):  # texts that end one by one, rows that are computed for nothing
         serve(runner, replace(shape, policy=policy), make_load(other, shape.length, model.config.vocab_size))
         runner.free(range(shape.slots))

@@ -18,7 +18,7 @@ from phase3_core_inference.project9_continuous_batching.loads import Service, ma
 from phase3_core_inference.project9_continuous_batching.simulator import CostModel, simulate
 
 # Measured by benchmark.py: SmolLM2-135M in bf16, two cores of an AMD EPYC (Zen 5), torch 2.15, 2026-11-20.
-BUILT_IN = CostModel((0.01295, 0.0012, -0.0006609, 1.163e-05, 2.907e-05, 0.0001331, 9.369e-08, 0.0))
+BUILT_IN = CostModel((0.01103, 0.00147, 0, -0.000927, 0, -0.000342, 0, 0.000116, 0.000128, 1.86e-06, 0.00188))
 COLORS = {"continuous": "C0", "dynamic": "C1", "static": "C2"}
 Results = dict[str, list[tuple[float, Service]]]  # policy: (rate, how it was served)
 

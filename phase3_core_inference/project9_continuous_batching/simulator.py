@@ -28,7 +28,7 @@ from phase3_core_inference.project9_continuous_batching.loads import Arrival, dr
 from phase3_core_inference.project9_continuous_batching.request import Job, Request, Work
 from phase3_core_inference.project9_continuous_batching.runner import Drawn
 
-KNOTS = (8, 32, 128)  # tokens of a step at which the cost of one more changes
+KNOTS = (4, 8, 16, 32, 64, 128)  # tokens of a step at which the cost of one more changes
 PASSES = 4  # of the fit: the first one does not know what to expect
 # Prices that cannot be below 0; a change of one can.
 NEVER_NEGATIVE = np.array([True, True, *(False for _ in KNOTS), True, True, True])

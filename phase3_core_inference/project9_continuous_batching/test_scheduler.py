@@ -16,7 +16,7 @@ from phase3_core_inference.project9_continuous_batching.simulator import (
     VirtualClock,
 )
 
-SECOND = CostModel((1.0, 0, 0, 0, 0, 0, 0, 0))  # a step costs a second, whatever is in it
+SECOND = CostModel((1.0, *(0,) * 10))  # a step costs a second, whatever is in it
 
 
 def engine(**changes: object) -> Engine:

@@ -26,7 +26,7 @@ from phase3_core_inference.project9_continuous_batching.simulator import (
     sizes_of,
 )
 
-COSTS = CostModel((0.01, 0.001, 0.0005, -0.0002, 0.0001, 0.002, 1e-6, 0.003))
+COSTS = CostModel((0.01, 0.001, 0.0004, 0.0005, -0.0002, 0.0001, 0.0003, -0.0001, 0.002, 1e-6, 0.003))
 SHAPE = EngineConfig(slots=3, length=LENGTH, token_budget=9)
 
 
@@ -72,7 +72,7 @@ def noisy_samples(noise: float) -> list[Sample]:
 def test_costs_are_found_again_from_samples_of_them():
     found = CostModel.fit(noisy_samples(0))
     assert found.seconds_at == pytest.approx(COSTS.seconds_at, rel=1e-6)
-    with pytest.raises(ValueError, match=r"samples \(3\) must be at least 8"):
+    with pytest.raises(ValueError, match=r"samples \(3\) must be at least 11"):
         CostModel.fit(noisy_samples(0)[:3])
 
 
@@ -108,9 +108,9 @@ def test_costs_survive_being_written_and_read(tmp_path):
         "",
         "[]",
         "{}",
-        '{"seconds_at": [1, 2], "knots": [8, 32, 128]}',
+        '{"seconds_at": [1, 2], "knots": [4, 8, 16, 32, 64, 128]}',
         '{"seconds_at": "ab", "knots": 3}',
-        json.dumps({"seconds_at": [float("nan")] * 8, "knots": KNOTS}),
+        json.dumps({"seconds_at": [float("nan")] * 11, "knots": KNOTS}),
     ],
 )
 def test_a_file_of_other_costs_is_refused(content, tmp_path):
@@ -151,7 +151,7 @@ def test_a_load_is_a_function_of_its_settings():
 
 
 def test_a_worked_example_of_latencies():
-    second = CostModel((1.0, 0, 0, 0, 0, 0, 0, 0))
+    second = CostModel((1.0, *(0,) * 10))
     load = [
         Arrival(time, Request([0] * 4, SamplingParams(max_new_tokens=output)))
         for time, output in ((0.0, 3), (0.5, 1), (9.0, 2))
