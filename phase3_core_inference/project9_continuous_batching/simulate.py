@@ -18,7 +18,10 @@ from phase3_core_inference.project9_continuous_batching.loads import Service, ma
 from phase3_core_inference.project9_continuous_batching.simulator import CostModel, simulate
 
 # Measured by benchmark.py: SmolLM2-135M in bf16, two cores of an AMD EPYC (Zen 5), torch 2.15, 2026-11-20.
-BUILT_IN = CostModel((0.01103, 0.00147, 0, -0.000927, 0, -0.000342, 0, 0.000116, 0.000128, 1.86e-06, 0.00188))
+BUILT_IN = CostModel((
+    0.00966, 0.00272, -0.00176, -0.000102, 4.69e-06, -9.65e-05,
+    -0.000933, 0.000443, 5.4e-05, 2.36e-06, 0.00467,
+))  # fmt: skip
 COLORS = {"continuous": "C0", "dynamic": "C1", "static": "C2"}
 Results = dict[str, list[tuple[float, Service]]]  # policy: (rate, how it was served)
 
