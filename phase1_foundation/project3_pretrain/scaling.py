@@ -286,7 +286,7 @@ def draw(findings: Findings, path: Path) -> None:
         rows = [result for result in findings.results if result.flops == flops]
         sizes, color = [row.parameters for row in rows], f"C{number}"
         left.plot(
-            sizes, [row.bits_per_byte for row in rows], "o", color=color, label=f"{flops:.0e} operations"
+            sizes, [row.bits_per_byte for row in rows], "o", color=color, label=f"{flops:.1e} operations"
         )
         for minimum in (m for m in findings.minima if m.flops == flops):
             low, high = math.log(min(sizes)), math.log(max(sizes))
