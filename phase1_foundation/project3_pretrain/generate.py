@@ -7,7 +7,7 @@ A chat model gets what you type between the marks that it was taught with (ChatM
 
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -154,23 +154,28 @@ class Writer:
 
     def write(self, prompt: str, seed: int) -> str:
         """Print the continuation or the answer as it comes, and return it."""
-        began = time.perf_counter()
-        tokens: list[int] = []
+        opening = "" if self.chats else prompt
+        print(opening, end="", flush=True)
+        return opening + print_text(self.tokenizer, self.tokens_after(self.prompt_ids(prompt), seed))
 
-        def noted() -> Iterator[int]:
-            for token in self.tokens_after(self.prompt_ids(prompt), seed):
-                tokens.append(token)
-                yield token
 
-        pieces = [] if self.chats else [prompt]
-        print(*pieces, sep="", end="", flush=True)
-        for piece in stream_text(self.tokenizer, noted()):  # type: ignore[arg-type]
-            pieces.append(piece)
-            print(piece, end="", flush=True)
-        seconds = time.perf_counter() - began
-        print()
-        print(f"({len(tokens)} tokens, {len(tokens) / seconds:.1f} tokens/s)", file=sys.stderr)
-        return "".join(pieces)
+def print_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
+    """Print the text of tokens as they come, then their number and speed; return the text."""
+    began, count, pieces = time.perf_counter(), 0, list[str]()
+
+    def counted() -> Iterator[int]:
+        nonlocal count
+        for token in tokens:
+            count += 1
+            yield token
+
+    for piece in stream_text(tokenizer, counted()):  # type: ignore[arg-type]
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+    seconds = time.perf_counter() - began
+    print()
+    print(f"({count} tokens, {count / seconds:.1f} tokens/s)", file=sys.stderr)
+    return "".join(pieces)
 
 
 def run(config: GenerateConfig, writer: Writer | None = None) -> list[str]:

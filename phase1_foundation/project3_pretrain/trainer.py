@@ -12,7 +12,7 @@ SYMBOLS
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -133,7 +133,7 @@ class Trainer:
         self.seconds = 0.0  # of training, evaluations left out
         self.best = math.inf  # lowest validation loss, nats per token
         self.waited = 0  # evaluations since it was that low
-        self.replaced = self._begin()
+        self.replaced = begin_run(self.out, config.resume, config.overwrite, self.restore, TRAIN_COMMAND)
 
     def train(self) -> list[float]:
         """Train up to max_steps, or until Ctrl-C or SIGTERM; save, and return the losses of these steps."""
@@ -238,28 +238,8 @@ class Trainer:
             save_checkpoint(self.out / f"step_{self.done:08}.pt", **weights, **states)
             if is_best:
                 save_checkpoint(self.out / "model.pt", **weights)
-            made = set(checkpoints(self.out))
-            kept = sorted(made - set(self.replaced))[-self.config.keep :]
-            for path in made - set(kept):
-                path.unlink()
+            keep_newest(self.out, self.config.keep, self.replaced)
         self.replaced = []
-
-    def _begin(self) -> list[Path]:
-        """Resume if asked to; return the checkpoints of a run that is over: the first save replaces them."""
-        config, made = self.config, checkpoints(self.out)
-        if config.resume:
-            self.restore(made[-1] if made else self.out / "step_*.pt")
-            return []
-        if made and not config.overwrite:
-            there = load_checkpoint(made[-1], TRAIN_COMMAND, needs=("iter", "settings"))
-            settings = there["settings"]
-            ended = out_of_patience(settings.get("patience", 0), there.get("waited", 0))
-            if there["iter"] < settings["max_steps"] and not ended:
-                what = f"holds a run that was stopped after {there['iter']:,} steps"
-                raise ValueError(
-                    f"out ({self.out}) {what}: --resume goes on with it, --overwrite begins anew"
-                )
-        return made
 
     def restore(self, path: Path) -> None:
         """Bring everything back to where a checkpoint left it. Raises ValueError if settings differ."""
@@ -341,6 +321,39 @@ def check_settings(settings: Mapping[str, Any], before: Mapping[str, Any], path:
 def checkpoints(out: Path) -> list[Path]:
     """Return the checkpoints of a folder that a run can go on from, oldest first."""
     return sorted(out.glob("step_*.pt"))
+
+
+def begin_run(
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    restore: Callable[[Path], None],
+    command: str,
+    unit: str = "steps",
+) -> list[Path]:
+    """Restore the newest checkpoint if asked to; else return those of a run that is over, to be replaced.
+
+    Raises ValueError if a folder holds a run that was stopped before its end, unless told to overwrite it.
+    """
+    made = checkpoints(out)
+    if resume:
+        restore(made[-1] if made else out / "step_*.pt")
+        return []
+    if made and not overwrite:
+        there = load_checkpoint(made[-1], command, needs=("iter", "settings"))
+        settings = there["settings"]
+        ended = out_of_patience(settings.get("patience", 0), there.get("waited", 0))
+        if there["iter"] < settings["max_steps"] and not ended:
+            what = f"holds a run that was stopped after {there['iter']:,} {unit}"
+            raise ValueError(f"out ({out}) {what}: --resume goes on with it, --overwrite begins anew")
+    return made
+
+
+def keep_newest(out: Path, keep: int, replaced: Collection[Path]) -> None:
+    """Remove the checkpoints of a folder but for the newest `keep` (0: all) that are not `replaced`."""
+    made = set(checkpoints(out))
+    for path in made - set(sorted(made - set(replaced))[-keep:]):
+        path.unlink()
 
 
 def out_of_patience(patience: int, waited: int) -> bool:

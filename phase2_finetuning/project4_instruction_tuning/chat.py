@@ -3,16 +3,13 @@
 It remembers what was said, until the oldest turns no longer fit. Lines can be piped in; an empty one ends it.
 """
 
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from common.device import pick_device
 from common.script import ask, one_line, script
-from phase1_foundation.project1_minimal_gpt.generate import stream_text
 from phase1_foundation.project2_tokenizer.tokenizer import Tokenizer
-from phase1_foundation.project3_pretrain.generate import generate
+from phase1_foundation.project3_pretrain.generate import generate, print_text
 from phase1_foundation.project3_pretrain.weights import load_model
 from phase2_finetuning.project4_instruction_tuning.config import MODEL, TRAIN_COMMAND, ChatConfig
 from phase2_finetuning.project4_instruction_tuning.conversations import Conversation, Message
@@ -57,23 +54,9 @@ class Chat:
             self.turns.clear()
         config, ids = self.config, self.prompt_ids(said)
         how = (config.max_new_tokens, config.temperature, config.top_k, config.top_p, seed, self.stop)
-        began, count = time.perf_counter(), 0
-
-        def counted() -> Iterator[int]:
-            nonlocal count
-            for token in generate(self.model, ids, *how):
-                count += 1
-                yield token
-
-        pieces: list[str] = []
-        for piece in stream_text(self.tokenizer, counted()):  # type: ignore[arg-type]
-            pieces.append(piece)
-            print(piece, end="", flush=True)
-        seconds = time.perf_counter() - began
-        print()
-        print(f"({count} tokens, {count / seconds:.1f} tokens/s)", file=sys.stderr)
-        self.turns += [Message("user", said), Message("assistant", "".join(pieces))]
-        return "".join(pieces)
+        answer = print_text(self.tokenizer, generate(self.model, ids, *how))
+        self.turns += [Message("user", said), Message("assistant", answer)]
+        return answer
 
 
 def run(config: ChatConfig) -> list[str]:

@@ -33,7 +33,7 @@ from phase1_foundation.project1_minimal_gpt.train import autocast
 from phase1_foundation.project2_tokenizer.token_file import save_tokenizer
 from phase1_foundation.project2_tokenizer.tokenizer import Tokenizer
 from phase1_foundation.project3_pretrain.model import Decoder
-from phase1_foundation.project3_pretrain.trainer import check_settings, checkpoints
+from phase1_foundation.project3_pretrain.trainer import begin_run, check_settings, keep_newest
 from phase2_finetuning.project4_instruction_tuning.tasks import FAMILIES, Task, make_tasks
 from phase2_finetuning.project4_instruction_tuning.templates import ChatTemplate
 from phase2_finetuning.project6_alignment.config import RLConfig
@@ -190,22 +190,7 @@ class Rounds:
         self.done, self.seconds = 0, 0.0  # rounds; of training, evaluations left out
         self.before: Numbers = {}  # share of right answers to the tests of each family, before any round
         self.after: Numbers = {}  # the same at the last evaluation
-        self.replaced = self._begin()
-
-    def _begin(self) -> list[Path]:
-        """Resume if asked to; return the checkpoints of a run that is over: the first save replaces them."""
-        made = checkpoints(self.out)
-        if self.rl.resume:
-            self.restore(made[-1] if made else self.out / "step_*.pt")
-            return []
-        if made and not self.rl.overwrite:
-            there = load_checkpoint(made[-1], self.command, needs=("iter", "settings"))
-            if there["iter"] < there["settings"]["max_steps"]:
-                what = f"holds a run that was stopped after {there['iter']:,} rounds"
-                raise ValueError(
-                    f"out ({self.out}) {what}: --resume goes on with it, --overwrite begins anew"
-                )
-        return made
+        self.replaced = begin_run(self.out, rl.resume, rl.overwrite, self.restore, command, "rounds")
 
     def restore(self, path: Path) -> None:
         """Bring everything back to where a checkpoint left it. Raises ValueError if settings differ."""
@@ -281,9 +266,7 @@ class Rounds:
         }
         save_checkpoint(self.out / f"step_{self.done:08}.pt", **states)
         save_checkpoint(self.out / "model.pt", **entries)
-        made = set(checkpoints(self.out))
-        for path in made - set(sorted(made - set(self.replaced))[-KEEP:]):
-            path.unlink()
+        keep_newest(self.out, KEEP, self.replaced)
         self.replaced = []
 
     def _report(self, numbers: Numbers, batch: Round) -> str:

@@ -93,7 +93,7 @@ def run(config: BenchmarkConfig) -> dict[str, Service]:
     rounds: dict[str, list[Service]] = {policy: [] for policy in POLICIES}
     for _ in progress(range(config.repeats), desc="rounds", leave=False):
         for policy in POLICIES:
-            runner = ModelRunner.of(model, shape)
+            runner = ModelRunner(model, shape)
             rounds[policy].append(service(serve(runner, replace(shape, policy=policy), load)))
     calibration.append(time_steps(model, config))  # again: the machine may be slower by now
     costs = CostModel.fit(middle_samples(calibration))
@@ -134,7 +134,7 @@ def busy_engine(
 
 def measure_overhead(model: Decoder, config: EngineConfig, steps: int) -> Overhead:
     """Time steps in which every slot writes one token: what the model, the sampler and the engine take."""
-    runner = ModelRunner.of(model, config)
+    runner = ModelRunner(model, config)
     params = SamplingParams(temperature=0.8, top_p=0.95)
     engine = busy_engine(config, [8] * config.slots, runner, params)
     while any(not job.writes for job in engine.jobs.values()):
@@ -166,7 +166,7 @@ def time_steps(model: Decoder, config: BenchmarkConfig) -> list[Sample]:
     shape, load = config.engine, config.load
     draw = np.random.default_rng(load.seed + 1)
     most = max(1, shape.length // 2 - WRITTEN)
-    runner = TimedRunner.of(model, shape)
+    runner = TimedRunner(model, shape)
     shapes = [(texts, prompt) for texts, prompt in CALIBRATION if texts <= shape.slots]
     for texts, prompt in progress(shapes, desc="costs", leave=False):
         lengths = np.rint(prompt * np.exp(SPREAD * draw.standard_normal(texts)))

@@ -42,7 +42,7 @@ class Engine:
     @classmethod
     def of(cls, model: Decoder, config: EngineConfig, tokenizer: Tokenizer | None = None) -> Self:
         """Return an engine around a model; with its tokenizer outputs have text, and stop texts work."""
-        return cls(ModelRunner.of(model, config, tokenizer), config)
+        return cls(ModelRunner(model, config, tokenizer), config)
 
     @property
     def has_work(self) -> bool:

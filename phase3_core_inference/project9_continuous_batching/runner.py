@@ -11,7 +11,7 @@ SHAPES
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 
@@ -64,17 +64,12 @@ class ModelRunner:
 
     def __init__(self, model: Decoder, config: EngineConfig, tokenizer: Tokenizer | None = None) -> None:
         weight = model.head.weight
-        self.model, self.length = model, config.length
+        self.model, self.length = model.eval().requires_grad_(False), config.length
         self.cache = SlotCache(model.config, config.slots, config.length, weight.dtype, weight.device)
         self.sampler = Sampler()
         size = model.config.vocab_size
         self.vocabulary = Vocabulary.of(tokenizer, size) if tokenizer is not None else None
         self.model_seconds = 0.0  # spent in the model, with what it calls
-
-    @classmethod
-    def of(cls, model: Decoder, config: EngineConfig, tokenizer: Tokenizer | None = None) -> Self:
-        """Return a runner, its model ready to write."""
-        return cls(model.eval().requires_grad_(False), config, tokenizer)
 
     def begin(self, request: Request) -> RequestState:
         """Return the state of a request; ValueError, in one sentence, for one that cannot be served."""

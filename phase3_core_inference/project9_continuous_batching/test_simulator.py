@@ -50,7 +50,7 @@ def test_the_simulated_engine_does_what_the_real_one_does_token_by_token(policy,
     config = replace(SHAPE, policy=policy, cache_tokens=cache_tokens)
     load = make_load(LoadConfig(requests=14, rate=20, prompt_tokens=5, output_tokens=5), LENGTH, V)
     clock = VirtualClock()
-    real = drive(Engine(Timed(ModelRunner.of(model, config), clock), config, clock), load, clock)
+    real = drive(Engine(Timed(ModelRunner(model, config), clock), config, clock), load, clock)
     simulated = simulate(load, config, COSTS)
     assert [job.times for job in simulated] == [job.times for job in real]
     assert [job.preempted for job in simulated] == [job.preempted for job in real]
